@@ -1,0 +1,14 @@
+"""Drop-in modules. Their ``forward`` is written in the functions of ``chain``."""
+
+from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
+
+__all__ = [
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "SEBasicBlock",
+    "SEBottleneck",
+    "SqueezeExcite",
+]

@@ -1,0 +1,143 @@
+"""Runs a residual branch, conv-norm-act after conv-norm-act, in the fewest passes its mode allows.
+
+In inference a triple is one ``conv_bn_act`` call. In training a triple leaves its convolution's raw
+result *pending*: the batch norm and activation on it are applied by whoever reads it next, which
+is the next convolution (``conv_stats``) or the block's tail (``bn_act``, ``bn_se_act``), so that
+neither the normalised nor the activated tensor outlives the pass that made it.
+
+A module that cannot be fused runs as it is, and the reason goes to ``fusedres.explain``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .. import dispatch
+from .. import functional as F
+from .recognise import act_of, hooked, se_of, wants_grad
+from .training import conv_shape, convolve, tail
+from .unit import Pending, State, Unit, activate, materialise, operands, unit_of
+
+Triple = tuple[nn.Module, nn.Module, "nn.Module | str | None"]
+
+
+def chain(
+    x: Tensor, *triples: Triple, residual: Tensor | None = None, se: nn.Module | None = None
+) -> Tensor:
+    """The composition of ``act(norm(conv(.)))`` over the triples.
+
+    The last triple's activation comes after ``se`` and after the residual has been added.
+
+    Args:
+        x: [N, C, H, W]; not changed.
+        triples: (conv, norm, act); act is a module, a name or None.
+        residual: added before the last activation; not changed.
+        se: a module applied to the last norm's result.
+    """
+    state: State = x
+    for conv, norm, act in triples[:-1]:
+        state = _step(state, conv, norm, act)
+    return _last(state, *triples[-1], residual, se)
+
+
+def shortcut(x: Tensor, module: nn.Module | None) -> Tensor:
+    """The shortcut's value: x itself, or its projection, fused where that is conv-norm."""
+    if module is None:
+        return x
+    pair = type(module) is nn.Sequential and len(module) == 2 and isinstance(module[0], nn.Conv2d)
+    if pair and hooked(module) is None:
+        return chain(x, (module[0], module[1], None))
+    return module(x)
+
+
+def add_act(branch: Tensor, residual: Tensor | None, act: nn.Module | str | None) -> Tensor:
+    """``act(branch + residual)``."""
+    if residual is None:
+        return activate(branch, act)
+    if _symbolic(branch) or residual.shape != branch.shape or residual.device != branch.device:
+        return activate(branch + residual, act)  # PyTorch broadcasts, or raises
+    name = act_of(act)
+    y = F.residual_mix(branch, residual.to(branch.dtype), act=name or "identity")
+    return y if name is not None else act(y)
+
+
+def _symbolic(x) -> bool:
+    """FX traces the modules as they are: its graphs are for tools that know PyTorch's layers."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def _step(state: State, conv: nn.Module, norm: nn.Module, act) -> State:
+    """A triple that is not the last."""
+    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+    if isinstance(unit, str):
+        return activate(_unfused(state, conv, norm, unit), act)
+    if _in_one_call(unit, state):
+        y: State = _conv_bn_act(unit, state, None, unit.act)
+    else:
+        y = convolve(unit, state)
+    return y if unit.then is None else unit.then(materialise(y))
+
+
+def _last(state: State, conv, norm, act, residual, se) -> Tensor:
+    """The last triple and the block's tail: squeeze-excite, residual and activation."""
+    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+    if isinstance(unit, str):
+        return _finish(_unfused(state, conv, norm, unit), residual, se, act)
+    if not _in_one_call(unit, state, residual):
+        y = tail(unit, state, residual, se, act)
+        if y is not None:
+            return y
+        branch = chain(materialise(state), (conv, norm, None))
+        return _finish(branch, residual, se, act)
+    if se is not None:
+        return _finish(_conv_bn_act(unit, state, None, "identity"), residual, se, act)
+    if residual is None or (
+        residual.shape == conv_shape(unit, state) and residual.device == state.device
+    ):
+        y = _conv_bn_act(unit, state, residual, unit.act)
+        return y if unit.then is None else unit.then(y)
+    return add_act(_conv_bn_act(unit, state, None, "identity"), residual, act)
+
+
+def _unfused(state: State, conv: nn.Module, norm: nn.Module, reason: str) -> Tensor:
+    dispatch.notify(dispatch.Event("conv, norm", "unfused", reason, launches=2))
+    return norm(conv(materialise(state) if isinstance(state, Pending) else state))
+
+
+def _finish(branch: Tensor, residual: Tensor | None, se: nn.Module | None, act) -> Tensor:
+    """Squeeze-excite, residual and activation on a finished norm."""
+    if se is None:
+        return add_act(branch, residual, act)
+    mlp = "FX tracing" if _symbolic(branch) else se_of(se)
+    fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
+    if not fits:
+        if isinstance(mlp, str):
+            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
+        return add_act(se(branch), residual, act)
+    name = act_of(act)
+    residual = None if residual is None else residual.to(branch.dtype)
+    y = F.squeeze_excite(
+        branch, mlp.w1, mlp.b1, mlp.w2, mlp.b2, residual=residual,
+        act=mlp.act, gate=mlp.gate, post_act=name or "identity",
+    )  # fmt: skip
+    return y if name is not None else act(y)
+
+
+def _in_one_call(unit: Unit, state: State, residual: Tensor | None = None) -> bool:
+    """Whether running statistics are used and nobody asks for a gradient."""
+    if isinstance(state, Pending) or unit.norm.batch_stats:
+        return False
+    params = unit.conv.weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
+    return not wants_grad(state, residual, *params)
+
+
+def _conv_bn_act(unit: Unit, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    n = unit.norm
+    x, weight, bias = operands(x, unit.conv)
+    residual = None if residual is None else residual.to(x.dtype)
+    return torch.ops.fusedres.conv_bn_act(
+        x, weight, bias, residual, n.weight, n.bias, n.running_mean, n.running_var, n.eps,
+        *unit.geometry, act,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Layers that fuse what follows them: BatchNormAct2d, ConvBNAct2d, SqueezeExcite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import checks, dispatch, reference
+from .. import functional as F
+from ..running_stats import recomputing
+from .chain import add_act, chain
+from .recognise import se_of
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """``act(bn(x) + residual)``: nn.BatchNorm2d with its successor's work done in the same pass.
+
+    Parameters, buffers, state dict and semantics are nn.BatchNorm2d's.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as for nn.BatchNorm2d.
+        act: a name that ``fusedres.functional.batch_norm_act`` takes.
+
+    Raises:
+        ValueError: an unknown act; a negative momentum or eps.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        act: str = "relu",
+        device=None,
+        dtype=None,
+    ):
+        checks.bn_numbers(momentum, eps)
+        checks.activation("act", act)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` and ``residual``: [N, C, H, W]; returns the same shape, dtype and format."""
+        if isinstance(x, torch.fx.Proxy):
+            return add_act(_BatchNorm.forward(self, x), residual, self.act)
+        self._check_input_dim(x)
+        has_stats = self.running_mean is not None and self.running_var is not None
+        training = self.training or not has_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        counts = self.training and self.track_running_stats and not recomputing()
+        if counts and self.num_batches_tracked is not None and self.momentum is None:
+            momentum = 1.0 / (self.num_batches_tracked + 1).to(torch.float32)
+        updated = not self.training or self.track_running_stats
+        y = F.batch_norm_act(
+            x, self.running_mean if updated else None, self.running_var if updated else None,
+            self.weight, self.bias, training, momentum, self.eps, residual=residual, act=self.act,
+        )  # fmt: skip
+        if counts and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)  # last: an error above leaves it as it was
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+
+class ConvBNAct2d(nn.Module):
+    """``act(bn(conv(x)) + residual)``: one call in inference, no BN or ReLU output kept in training.
+
+    Submodules ``conv`` (nn.Conv2d without bias) and ``bn`` (nn.BatchNorm2d).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, dilation: as for nn.Conv2d.
+        padding: as for nn.Conv2d; default: ``dilation * (kernel_size - 1) // 2``.
+        act: a name that ``fusedres.functional.batch_norm_act`` takes.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        dilation: int | tuple[int, int] = 1,
+        *,
+        act: str = "relu",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        checks.activation("act", act)
+        if padding is None:
+            kernels, dilations = (nn.modules.utils._pair(v) for v in (kernel_size, dilation))
+            padding = tuple(d * (k - 1) // 2 for k, d in zip(kernels, dilations, strict=True))
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias=False, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x``: [N, C, H, W]; ``residual``: of the result's shape."""
+        return chain(x, (self.conv, self.bn, self.act), residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"
+
+
+class SqueezeExcite(nn.Module):
+    """``post_act(x * gate(fc2(act(fc1(mean(x))))) + residual)``  (Hu et al. 2018).
+
+    Submodules ``fc1`` and ``fc2``, 1x1 nn.Conv2d with bias: torchvision's keys.
+
+    Args:
+        channels: C of the input.
+        squeeze_channels: hidden channels; default: ``max(1, channels // 16)``.
+        act: activation of the hidden channels.
+        gate: "sigmoid" or "hard_sigmoid".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        squeeze_channels: int | None = None,
+        *,
+        act: str = "relu",
+        gate: str = "sigmoid",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        checks.activation("act", act)
+        checks.one_of("gate", gate, reference.GATES)
+        if squeeze_channels is None:
+            squeeze_channels = max(1, channels // 16)
+        self.fc1 = nn.Conv2d(channels, squeeze_channels, 1, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(squeeze_channels, channels, 1, device=device, dtype=dtype)
+        self.act = act
+        self.gate = gate
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None
+    ) -> Tensor:
+        """``x`` and ``residual``: [N, C, H, W]; ``post_act``: a name, or None for none."""
+        reason = "FX tracing" if isinstance(x, torch.fx.Proxy) else se_of(self)
+        if isinstance(reason, str):
+            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", reason))
+            return add_act(self._modules_only(x), residual, post_act)
+        return F.squeeze_excite(
+            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
+            residual=residual, act=self.act, gate=self.gate, post_act=post_act or "identity",
+        )  # fmt: skip
+
+    def _modules_only(self, x: Tensor) -> Tensor:
+        squeezed = torch.nn.functional.adaptive_avg_pool2d(x, 1)
+        hidden = reference.ACTIVATIONS[self.act](self.fc1(squeezed))
+        return x * reference.GATES[self.gate](self.fc2(hidden))
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}, gate={self.gate!r}"

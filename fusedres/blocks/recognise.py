@@ -1,0 +1,175 @@
+"""What a module means to the fused ops, or the reason they cannot stand in for it.
+
+Every function returns the parameters of a module whose ``forward`` is known to the letter, or a
+sentence that says why it must run as it is: hooks that would not be called, a subclass with a
+forward of its own, a layer without a fused form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.convolution import Geometry
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm: per-channel parameters, and which statistics its mode calls for."""
+
+    module: nn.Module
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    batch_stats: bool
+
+
+@dataclass(frozen=True)
+class SE:
+    """A squeeze-excite MLP."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    act: str
+    gate: str
+
+
+_ACTS: dict[type, str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+_GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
+
+
+def hooked(module: nn.Module) -> str | None:
+    """A reason when a fused call would leave out a hook of ``module``."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{type(module).__name__} has hooks"
+    if "forward" in module.__dict__:
+        return f"{type(module).__name__} has a patched forward"
+    return None
+
+
+def geometry_of(conv: nn.Module) -> Geometry | str:
+    """Stride, padding, dilation and groups of a plain 2-d convolution."""
+    kind = type(conv)
+    if not isinstance(conv, nn.Conv2d):
+        return f"{kind.__name__} is not a Conv2d"
+    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{kind.__name__} has a forward of its own"
+    if (reason := hooked(conv)) is not None:
+        return reason
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    padding = conv.padding
+    if isinstance(padding, str):
+        padding = _padding_of_name(conv)
+        if padding is None:
+            return "padding='same' with an even kernel is not symmetric"
+    return list(conv.stride), list(padding), list(conv.dilation), conv.groups
+
+
+def _padding_of_name(conv: nn.Conv2d) -> list[int] | None:
+    if conv.padding == "valid":
+        return [0, 0]
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(t % 2 for t in total) else [t // 2 for t in total]
+
+
+def norm_of(norm: nn.Module) -> Norm | str:
+    """The parameters of a batch norm with the semantics of nn.BatchNorm2d."""
+    kind = type(norm)
+    if (reason := hooked(norm)) is not None:
+        return reason
+    if kind.__name__ == "FrozenBatchNorm2d" and hasattr(norm, "running_var"):  # torchvision's
+        return Norm(
+            norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, False
+        )
+    plain = isinstance(norm, nn.BatchNorm2d) and kind.forward is _BatchNorm.forward
+    if isinstance(norm, nn.SyncBatchNorm) and kind.forward is nn.SyncBatchNorm.forward:
+        if norm.training or norm.running_mean is None:
+            return "SyncBatchNorm takes its statistics across processes in training"
+    elif not plain:
+        return f"{kind.__name__} is not a batch norm of this library or PyTorch"
+    has_stats = norm.running_mean is not None and norm.running_var is not None
+    return Norm(
+        norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps,
+        batch_stats=norm.training or not has_stats,
+    )  # fmt: skip
+
+
+def act_of(act: nn.Module | str | None) -> str | None:
+    """The name of an activation the kernels have; None for one that must run by itself."""
+    if act is None or isinstance(act, str):
+        return act or "identity"
+    if hooked(act) is not None:
+        return None
+    if type(act) is nn.LeakyReLU and act.negative_slope == 0.01:
+        return "leaky_relu"
+    if type(act) is nn.GELU and act.approximate == "none":
+        return "gelu"
+    return _ACTS.get(type(act))
+
+
+def se_of(se: nn.Module) -> SE | str:
+    """The MLP of a squeeze-excite module: fusedres', torchvision's or timm's plain form."""
+    name = type(se).__name__
+    fc1, fc2 = getattr(se, "fc1", None), getattr(se, "fc2", None)
+    act = next((getattr(se, a) for a in ("activation", "act") if hasattr(se, a)), None)
+    gate = next((getattr(se, g) for g in ("scale_activation", "gate") if hasattr(se, g)), None)
+    if not (isinstance(fc1, nn.Conv2d) and isinstance(fc2, nn.Conv2d)) or gate is None:
+        return f"{name} is not a squeeze-excite of two 1x1 convolutions"
+    if type(se).__module__.partition(".")[0] not in ("fusedres", "torchvision", "timm"):
+        return f"{name} is not known"
+    if getattr(se, "add_maxpool", False) or not isinstance(
+        getattr(se, "bn", None), (nn.Identity, type(None))
+    ):
+        return f"{name} has a max-pool or a norm inside"
+    inner = [se, fc1, fc2, act, gate, getattr(se, "avgpool", None)]
+    for module in inner:
+        if isinstance(module, nn.Module) and (reason := hooked(module)) is not None:
+            return reason
+    for fc in (fc1, fc2):
+        if fc.kernel_size != (1, 1) or fc.groups != 1 or fc.stride != (1, 1):
+            return f"{name}: its layers are not plain 1x1 convolutions"
+    act_name = act_of(act)
+    gate_name = gate if isinstance(gate, str) else _gate_of(gate)
+    if act_name is None or gate_name is None:
+        return f"{name}: no fused form of {type(act).__name__} with {type(gate).__name__}"
+    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, act_name, gate_name)
+
+
+def _gate_of(gate: nn.Module) -> str | None:
+    if type(gate).__name__ in ("Sigmoid", "HardSigmoid"):  # timm has modules of its own for both
+        return {"Sigmoid": "sigmoid", "HardSigmoid": "hard_sigmoid"}[type(gate).__name__]
+    return _GATES.get(type(gate))
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether a module does nothing in its present mode (drop path in eval, say)."""
+    if module is None or type(module) is nn.Identity:
+        return True
+    if hooked(module) is not None:
+        return False
+    rates = [getattr(module, a, None) for a in ("drop_prob", "p")]
+    rate = next((r for r in rates if isinstance(r, float | int)), None)
+    return rate is not None and (rate == 0 or not module.training)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,87 @@
+"""Units where gradients or batch statistics are wanted: raw results stay pending until read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, dispatch
+from ..layout import conv_memory_format, dense
+from ..ops.bn_act import saves_mask
+from ..ops.conv_tail import Tail, conv_tail, tail_op, worth_recomputing
+from .recognise import SE, se_of, wants_grad
+from .unit import Pending, State, Unit, activate, operands, track, value
+
+_NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
+
+
+def convolve(unit: Unit, state: State) -> Pending:
+    """The unit's convolution of ``state``; its own norm and activation are left pending."""
+    prologue = state.prologue if isinstance(state, Pending) else _NO_PROLOGUE
+    x, weight, bias = operands(value(state), unit.conv)
+    raw, mean, var = torch.ops.fusedres.conv_stats(
+        x, *prologue, weight, bias, *unit.geometry, unit.norm.batch_stats
+    )
+    if unit.norm.batch_stats:
+        checks.more_than_one_value(raw)
+        track(unit.norm, mean, var, raw)
+    else:
+        mean, var = unit.norm.running_mean, unit.norm.running_var
+    return Pending(raw, unit.norm, unit.act, mean, var)
+
+
+def tail(
+    unit: Unit, state: State, residual: Tensor | None, se: nn.Module | None, act
+) -> Tensor | None:
+    """The last unit with squeeze-excite, residual and activation; None where they do not fit."""
+    mlp = None if se is None else se_of(se)
+    if isinstance(mlp, str):
+        dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
+        return None
+    norm, params = unit.norm, _mlp_params(mlp)
+    x, weight, bias = operands(value(state), unit.conv)
+    out = conv_shape(unit, x)
+    if residual is not None:
+        if residual.shape != out or residual.device != x.device:
+            return None
+        layout = conv_memory_format(x, weight)
+        residual = residual.to(x.dtype).contiguous(memory_format=layout)
+    if norm.batch_stats:
+        checks.more_than_one_value(torch.empty(out, device="meta"))
+    spec = Tail(norm.batch_stats, norm.eps, unit.act, mlp and (mlp.act, mlp.gate))
+    affine = norm.weight, norm.bias
+    graded = wants_grad(x, weight, bias, *affine, *params, residual, *_graded(state))
+    save_mask = graded and saves_mask(unit.act, residual)
+    recompute = graded and worth_recomputing(x, weight, unit.geometry)
+    if recompute and isinstance(state, Pending) and (save_mask or unit.act == "identity"):
+        stats = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
+        y, mean, var = conv_tail(
+            x, state.prologue, weight, bias, unit.geometry, spec, affine, params, residual, stats,
+            save_mask,
+        )  # fmt: skip
+        track(norm, mean, var, y)
+    else:
+        pending = convolve(unit, state)
+        stats = pending.mean, pending.var
+        raw = dense(pending.raw)
+        y = tail_op(raw, spec, affine, params, residual, stats, save_mask)[0]
+    return y if unit.then is None else activate(y, unit.then)
+
+
+def _mlp_params(se: SE | None) -> tuple:
+    return (None,) * 4 if se is None else (se.w1, se.b1, se.w2, se.b2)
+
+
+def _graded(state: State) -> tuple[Tensor | None, ...]:
+    return (state.norm.weight, state.norm.bias) if isinstance(state, Pending) else ()
+
+
+def conv_shape(unit: Unit, x: Tensor) -> torch.Size:
+    """The shape of the unit's result."""
+    stride, padding, dilation, _ = unit.geometry
+    kernel = unit.conv.kernel_size
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return torch.Size((x.shape[0], unit.conv.out_channels, *size))

@@ -1,0 +1,122 @@
+"""One conv-norm-act of a residual branch, as the fused ops see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, reference
+from ..layout import dense
+from ..ops.convolution import Geometry
+from ..running_stats import recomputing, update_running_stats
+from .recognise import Norm, act_of, geometry_of, norm_of
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution, its norm and an activation; ``then`` is an activation the ops do not have."""
+
+    conv: nn.Conv2d
+    geometry: Geometry
+    norm: Norm
+    act: str
+    then: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A raw convolution result whose batch norm and activation its next reader applies."""
+
+    raw: Tensor  # [N, C, H, W]
+    norm: Norm
+    act: str
+    mean: Tensor  # [C]
+    var: Tensor  # [C]
+
+    @property
+    def prologue(self) -> tuple:
+        n = self.norm
+        return n.weight, n.bias, self.mean, self.var, n.batch_stats, n.eps, self.act
+
+
+State = Tensor | Pending
+
+
+def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
+    """The unit that takes ``state`` through these modules, or why they must run as they are."""
+    geometry = geometry_of(conv)
+    if isinstance(geometry, str):
+        return geometry
+    found = norm_of(norm)
+    if isinstance(found, str):
+        return found
+    name = act_of(act)
+    unit = Unit(conv, geometry, found, name or "identity", None if name is not None else act)
+    return _misfit(unit, value(state)) or unit
+
+
+def _misfit(unit: Unit, x: Tensor) -> str | None:
+    """A reason when PyTorch's own modules must see these operands (and may raise on them)."""
+    weight = unit.conv.weight
+    if x.dim() != 4:
+        return f"the input has {x.dim()} dimensions, not 4"
+    if x.dtype not in dispatch.DTYPES:
+        return f"the input is {x.dtype}"
+    if x.shape[1] != weight.shape[1] * unit.conv.groups or x.device != weight.device:
+        return "the input does not fit the convolution"
+    if x.dtype != weight.dtype and not autocasts(x, weight):
+        return f"the input is {x.dtype}, the convolution's weight {weight.dtype}"
+    per_channel = unit.norm.weight, unit.norm.running_mean
+    if any(p is not None and len(p) != weight.shape[0] for p in per_channel):
+        return "the norm does not fit the convolution"
+    return None
+
+
+def autocasts(*tensors: Tensor) -> bool:
+    """Whether autocast converts these operands of a convolution."""
+    return torch.is_autocast_enabled(tensors[0].device.type) and all(
+        t.dtype != torch.float64 for t in tensors
+    )
+
+
+def operands(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias in the dtype that autocast would convolve in."""
+    if not autocasts(x, conv.weight):
+        return x, conv.weight, conv.bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+
+
+def value(state: State) -> Tensor:
+    """The tensor in a state, normalised or not."""
+    return state.raw if isinstance(state, Pending) else state
+
+
+def materialise(state: State) -> Tensor:
+    """The tensor that a state stands for."""
+    if isinstance(state, Tensor):
+        return state
+    weight, bias, *bn = state.prologue
+    return torch.ops.fusedres.bn_act(dense(state.raw), weight, bias, None, *bn, False)[0]
+
+
+def activate(x: Tensor, act: nn.Module | str | None) -> Tensor:
+    if act is None:
+        return x
+    return act(x) if isinstance(act, nn.Module) else reference.ACTIVATIONS[act](x)
+
+
+def track(norm: Norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
+    """Count a batch in a norm's running statistics, as nn.BatchNorm2d does in training."""
+    module = norm.module
+    tracks = module.training and getattr(module, "track_running_stats", False)
+    if not norm.batch_stats or not tracks or recomputing():
+        return
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # cumulative average
+            momentum = 1.0 / module.num_batches_tracked.to(torch.float32)
+    update_running_stats(norm.running_mean, norm.running_var, mean, var, x, momentum)

@@ -1,0 +1,96 @@
+"""Argument checks of the public functions: each error names the argument, the wanted and the got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import DTYPES
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: wanted a floating-point tensor, got {x.dtype}")
+
+
+def at_least_2d(name: str, x: Tensor) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"{name}: wanted at least 2 dimensions [N, C, ...], got {tuple(x.shape)}")
+
+
+def per_channel(name: str, p: Tensor | None, channels: int) -> None:
+    # PyTorch's own type and wording (F.batch_norm).
+    if p is not None and p.numel() != channels:
+        raise RuntimeError(f"{name} should contain {channels} elements not {p.numel()}")
+
+
+def same_device(name: str, p: Tensor | None, x: Tensor) -> None:
+    if p is not None and p.device != x.device:
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, wanted {x.device} (as the"
+            f" input), got {p.device}"
+        )
+
+
+def like(name: str, other: Tensor | None, x: Tensor) -> None:
+    """``other`` has the shape, dtype and device of the input ``x``."""
+    if other is None:
+        return
+    floating(name, other)
+    if other.shape != x.shape:
+        raise ValueError(
+            f"{name}: wanted shape {tuple(x.shape)} (the input's), got {tuple(other.shape)}"
+        )
+    if other.dtype != x.dtype:
+        raise TypeError(f"{name}: wanted dtype {x.dtype} (the input's), got {other.dtype}")
+    same_device(name, other, x)
+
+
+def matrix(name: str, w: Tensor, rows: int | None, cols: int | None) -> Tensor:
+    """A [rows, cols] weight, given so or as that of a 1x1 convolution; None is any size."""
+    floating(name, w)
+    wanted = f"[{rows or 'R'}, {cols or 'R'}] or that with two trailing ones"
+    if w.dim() not in (2, 4) or tuple(w.shape[2:]) not in ((), (1, 1)):
+        raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(w.shape)}")
+    if (rows or w.shape[0], cols or w.shape[1]) != tuple(w.shape[:2]):
+        raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(w.shape)}")
+    return w.flatten(1)
+
+
+def one_of(name: str, value: str, choices) -> None:
+    if value not in choices:
+        wanted = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name}: wanted one of {wanted}, got {value!r}")
+
+
+def activation(name: str, act: str) -> None:
+    one_of(name, act, reference.ACTIVATIONS)
+
+
+def bn_numbers(momentum: float | None, eps: float) -> None:
+    if momentum is not None and not momentum >= 0:
+        raise ValueError(f"momentum: wanted None or a number >= 0, got {momentum}")
+    if not eps >= 0:
+        raise ValueError(f"eps: wanted a number >= 0, got {eps}")
+
+
+def more_than_one_value(x: Tensor) -> None:
+    # PyTorch's own type and wording (F.batch_norm).
+    if x.shape[0] * x.shape[2:].numel() == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def no_grad_wanted(op: str, **tensors: Tensor | None) -> None:
+    """An inference-only path must not be asked for gradients it does not have."""
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise RuntimeError(
+                f"{op} is for inference and has no derivative: wanted {name} without"
+                f" requires_grad (or torch.no_grad()), got one that requires grad; for gradients"
+                f" use fusedres.ConvBNAct2d, or conv2d and fusedres.functional.batch_norm_act"
+            )

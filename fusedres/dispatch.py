@@ -1,0 +1,171 @@
+"""Chooses the backend that runs an op. The only place that does.
+
+Each backend answers ``can_run(op, x)`` with None, or with the reason it cannot; the first that
+can is taken, in the order of ``BACKENDS``. Observers (``fusedres.explain``) hear every choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Ops that are a composition of other ops and oneDNN calls wherever they run.
+COMPOSED = ("conv_stats", "conv_bn_act")
+
+
+def _native_can_run(op: str, x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the library holds CPU kernels, x is on {x.device.type}"
+    return native.load_error()
+
+
+def _triton_can_run(op: str, x: Tensor) -> str | None:
+    return "this version has no Triton kernels"
+
+
+def _reference_can_run(op: str, x: Tensor) -> str | None:
+    return None
+
+
+BACKENDS: dict[str, Callable[[str, Tensor], str | None]] = {
+    "native": _native_can_run,
+    "triton": _triton_can_run,
+    "reference": _reference_can_run,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an op runs on, and why each backend before it could not."""
+
+    backend: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One op call (or one module left unfused), as observers hear it. Bytes are of memory."""
+
+    op: str
+    backend: str
+    reason: str | None = None
+    launches: int = 1
+    bytes_moved: int = 0
+    eager_bytes: int = 0
+    flops: int = 0
+
+
+class _State(threading.local):
+    forced: str | None = None
+    observers: tuple[Callable[[Event], None], ...] = ()
+
+
+_state = _State()
+_process_default = "auto"
+_warned: set[str] = set()
+
+
+def forced_backend() -> str | None:
+    """The backend that ``fusedres.backend`` asked for in this thread, or None for auto."""
+    name = _state.forced or _process_default
+    return None if name == "auto" else name
+
+
+def choose(op: str, x: Tensor) -> Choice:
+    """The backend that runs ``op`` on ``x``.
+
+    Raises:
+        TypeError: no backend has this dtype.
+        RuntimeError: a backend was asked for by name and cannot run this.
+    """
+    if x.dtype not in DTYPES:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"x: wanted a dtype among {wanted}, got {x.dtype}")
+    forced = forced_backend()
+    if forced is not None:
+        reason = BACKENDS[forced](op, x)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run {op}: {reason}")
+        return Choice(forced)
+    reasons = []
+    for name, can_run in BACKENDS.items():
+        reason = can_run(op, x)
+        if reason is None:
+            break
+        reasons.append(f"{name}: {reason}")
+    if name == "reference" and x.device.type == "cpu":
+        _warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
+    return Choice(name, "; ".join(reasons) or None)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def notify(event: Event) -> None:
+    for observer in _state.observers:
+        observer(event)
+
+
+def observed() -> bool:
+    return bool(_state.observers)
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[Event], None]) -> Iterator[None]:
+    """Call ``observer`` with every Event of this thread inside the context."""
+    before = _state.observers
+    _state.observers = (*before, observer)
+    try:
+        yield
+    finally:
+        _state.observers = before
+
+
+class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: fusedres.backend)
+    """Run every op on one backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+
+    As a function it sets the default of the process; as a context manager it holds for the
+    current thread until the end of the block, and then restores what was before.
+
+    Raises:
+        ValueError: the name is not one of the four.
+        RuntimeError: (from an op) the named backend cannot run it; the reason is in the message.
+    """
+
+    def __init__(self, name: str):
+        global _process_default
+        if name != "auto" and name not in BACKENDS:
+            wanted = ", ".join(repr(n) for n in ("auto", *BACKENDS))
+            raise ValueError(f"name: wanted one of {wanted}, got {name!r}")
+        self._name = name
+        self._before = _process_default
+        _process_default = name
+
+    def __enter__(self) -> backend:
+        # Entering turns the process-wide choice of the call into one of this thread.
+        global _process_default
+        _process_default = self._before
+        self._outer, _state.forced = _state.forced, self._name
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _state.forced = self._outer
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend: None when it is available here, else the reason it is not."""
+    probe = torch.empty(0)
+    return {name: can_run("bn_act", probe) for name, can_run in BACKENDS.items()}

@@ -1,0 +1,329 @@
+"""The stateless functions: arguments checked, then one op.
+
+Every function takes tensors ``[N, C, ...]`` in any memory format, in float32, float64, bfloat16 or
+float16, and returns the format PyTorch would; per-channel parameters may have another floating
+dtype. Sums are kept in float32 (float64 for float64) and rounded once at the store; results are
+bitwise equal from run to run and for any number of threads. All but ``conv_bn_act`` are
+differentiable twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, reference
+from .layout import dense, memory_format
+from .ops.bn_act import saves_mask
+from .running_stats import update_running_stats
+
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_se_act",
+    "conv_bn_act",
+    "residual_mix",
+    "squeeze_excite",
+]
+assert ops  # registers the ops
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _aligned(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    if residual is None or memory_format(residual) == memory_format(x) and residual.is_contiguous(
+        memory_format=memory_format(x)
+    ):
+        return residual
+    return residual.contiguous(memory_format=memory_format(x))
+
+
+def _check_bn(x, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
+    checks.floating("input", x)
+    checks.at_least_2d("input", x)
+    checks.bn_numbers(momentum, eps)
+    params = dict(
+        running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    for name, p in params.items():
+        if p is not None:
+            checks.floating(name, p)
+        checks.per_channel(name, p, x.shape[1])
+        checks.same_device(name, p, x)
+    if training:
+        checks.more_than_one_value(x)
+    elif running_mean is None or running_var is None:
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False"
+        )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """``act((input - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    Args:
+        input: [N, C, ...]; not changed.
+        running_mean, running_var: [C]; the statistics used when not training; updated in place
+            (variance unbiased) when training, after the result has been computed.
+        weight, bias: [C]; default: ones and zeros.
+        training: normalise with the batch's statistics.
+        momentum: the new statistics' share in the running ones.
+        eps: added to the variance.
+        residual: of input's shape, dtype and device; added before the activation.
+        act: relu, identity, relu6, leaky_relu (slope 0.01), silu, gelu or hardswish.
+
+    Returns:
+        A new tensor of input's shape, dtype and format.
+
+    Raises:
+        TypeError: a tensor is not floating-point, or residual's dtype is not input's.
+        ValueError: a wrong shape, act, momentum or eps; one value per channel in training.
+        RuntimeError: a parameter of another length than C or on another device; no running
+            statistics when not training (types and wording of F.batch_norm).
+
+    Traffic: training reads input twice, residual once, writes once (eager: up to 8 passes).
+    Source: Ioffe and Szegedy 2015, algorithm 1; ``reference.bn_act``.
+    """
+    _check_bn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    checks.like("residual", residual, input)
+    checks.activation("act", act)
+    mean, var = (None, None) if training else (running_mean, running_var)
+    x = dense(input)
+    save_mask = saves_mask(act, residual) and _wants_grad(input, weight, bias, residual)
+    y, mean, var, _ = torch.ops.fusedres.bn_act(
+        x, weight, bias, _aligned(residual, x), mean, var, training, eps, act, save_mask
+    )
+    if training:
+        update_running_stats(running_mean, running_var, mean, var, input, momentum)
+    return y
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """``act(bn(conv2d(input, weight, bias)) + residual)`` with running statistics, for inference.
+
+    Batch norm is folded into the weight, which is packed once and kept until it or a statistic
+    changes.
+
+    Args:
+        input: [N, C, H, W]; not changed.
+        weight: [K, C / groups, R, S], of input's dtype.
+        bias: [K] or None, of input's dtype.
+        running_mean, running_var, bn_weight, bn_bias: [K].
+        stride, padding, dilation, groups: as in F.conv2d.
+        residual: [N, K, H', W'] of input's dtype.
+        act: as in ``batch_norm_act``.
+
+    Raises:
+        TypeError, ValueError: as in ``batch_norm_act``.
+        RuntimeError: gradients are on and a tensor requires grad; whatever F.conv2d raises for
+            operands that do not fit.
+
+    Numerics: a NaN that meets oneDNN's fused ReLU becomes 0, where PyTorch keeps it.
+    Traffic: reads input, residual and weight, writes once (eager: up to 8 passes more).
+    Source: ``reference.conv_bn_act``.
+    """
+    checks.floating("input", input)
+    if input.dim() != 4:
+        raise ValueError(f"input: wanted 4 dimensions [N, C, H, W], got {tuple(input.shape)}")
+    checks.bn_numbers(None, eps)
+    checks.activation("act", act)
+    checks.no_grad_wanted(
+        "conv_bn_act", input=input, weight=weight, bias=bias, residual=residual,
+        bn_weight=bn_weight, bn_bias=bn_bias,
+    )  # fmt: skip
+    stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
+    # Shapes and errors are F.conv2d's own.
+    y = torch.conv2d(
+        input.to("meta"), weight.to("meta"), None if bias is None else bias.to("meta"),
+        stride, padding, dilation, groups,
+    )  # fmt: skip
+    params = dict(
+        running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias
+    )
+    for name, p in params.items():
+        checks.per_channel(name, p, weight.shape[0])
+        checks.same_device(name, p, input)
+    if residual is not None:
+        checks.same_device("residual", residual, input)
+        checks.like("residual", residual.to("meta"), y)
+    return torch.ops.fusedres.conv_bn_act(
+        input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, eps,
+        stride, padding, dilation, groups, act,
+    )  # fmt: skip
+
+
+def _pair(value: int | tuple[int, int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _check_se(x, w1, b1, w2, b2, act, gate, post_act) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    w1 = checks.matrix("w1", w1, None, channels)
+    w2 = checks.matrix("w2", w2, channels, w1.shape[0])
+    checks.per_channel("b1", b1, w1.shape[0])
+    checks.per_channel("b2", b2, channels)
+    for name, p in dict(w1=w1, b1=b1, w2=w2, b2=b2).items():
+        checks.same_device(name, p, x)
+    checks.activation("act", act)
+    checks.activation("post_act", post_act)
+    checks.one_of("gate", gate, reference.GATES)
+    return w1, w2
+
+
+def squeeze_excite(
+    input: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    act: str = "relu",
+    gate: str = "sigmoid",
+    post_act: str = "identity",
+) -> Tensor:
+    """``post_act(input * gate(w2 act(w1 mean(input) + b1) + b2) + residual)``.
+
+    Args:
+        input: [N, C, H, W] (or any [N, C, ...] with at least one axis behind C).
+        w1: [R, C] or [R, C, 1, 1]; w2: [C, R] or [C, R, 1, 1]; b1: [R]; b2: [C].
+        residual: of input's shape, dtype and device.
+        act: activation of the R hidden channels.
+        gate: "sigmoid" or "hard_sigmoid".
+        post_act: activation of the sum.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``batch_norm_act``.
+
+    Traffic: reads input twice and residual once, writes once (eager: up to 8 passes).
+    Source: Hu et al. 2018, equations 2 to 4; ``reference.squeeze_excite``.
+    """
+    checks.floating("input", input)
+    if input.dim() < 3:
+        raise ValueError(f"input: wanted at least 3 dimensions, got {tuple(input.shape)}")
+    w1, w2 = _check_se(input, w1, b1, w2, b2, act, gate, post_act)
+    checks.like("residual", residual, input)
+    save_mask = saves_mask(post_act, residual) and _wants_grad(input, w1, b1, w2, b2, residual)
+    x = dense(input)
+    return torch.ops.fusedres.squeeze_excite(
+        x, w1, b1, w2, b2, _aligned(residual, x), act, gate, post_act, save_mask
+    )[0]
+
+
+def batch_norm_se_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    se_act: str = "relu",
+    gate: str = "sigmoid",
+    act: str = "relu",
+) -> Tensor:
+    """``act(z * gate(w2 se_act(w1 mean(z) + b1) + b2) + residual)`` with ``z = bn(input)``.
+
+    The tail of a squeeze-excite block; arguments and errors are those of ``batch_norm_act`` and
+    ``squeeze_excite``.
+
+    Traffic: reads input twice and residual once, writes once, exactly as ``batch_norm_act``: the
+        squeeze follows from the sums that batch norm takes anyway (eager: up to 11 passes).
+    Source: ``reference.bn_se_act``.
+    """
+    _check_bn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.dim() < 3:
+        raise ValueError(f"input: wanted at least 3 dimensions, got {tuple(input.shape)}")
+    w1, w2 = _check_se(input, w1, b1, w2, b2, se_act, gate, act)
+    checks.like("residual", residual, input)
+    mean, var = (None, None) if training else (running_mean, running_var)
+    params = weight, bias, w1, b1, w2, b2
+    save_mask = saves_mask(act, residual) and _wants_grad(input, *params, residual)
+    x = dense(input)
+    y, mean, var, *_ = torch.ops.fusedres.bn_se_act(
+        x, *params, _aligned(residual, x), mean, var, training, eps, se_act, gate, act, save_mask
+    )
+    if training:
+        update_running_stats(running_mean, running_var, mean, var, input, momentum)
+    return y
+
+
+def residual_mix(
+    branch: Tensor,
+    shortcut: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gate: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    act: str = "identity",
+) -> Tensor:
+    """``act(alpha * s[n] * branch + beta * shortcut)``, gated: ``g`` and ``1 - g`` on the two.
+
+    Args:
+        branch: [N, ...], at least 2 dimensions.
+        shortcut: of branch's shape, dtype and device.
+        alpha, beta: factors of the two.
+        gate: g, of branch's shape and dtype: a highway network's transform gate.
+        row_scale: s, [N]: stochastic depth's factor of each image; it gets no gradient.
+        act: as in ``batch_norm_act``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``batch_norm_act``.
+
+    Traffic: one read of each operand, one write.
+    Source: ``reference.residual_mix``.
+    """
+    checks.floating("branch", branch)
+    checks.at_least_2d("branch", branch)
+    checks.like("shortcut", shortcut, branch)
+    checks.like("gate", gate, branch)
+    checks.activation("act", act)
+    if row_scale is not None:
+        checks.floating("row_scale", row_scale)
+        checks.same_device("row_scale", row_scale, branch)
+        if row_scale.shape != branch.shape[:1]:
+            wanted = tuple(branch.shape[:1])
+            raise ValueError(f"row_scale: wanted shape {wanted}, got {tuple(row_scale.shape)}")
+        row_scale = row_scale.detach()
+    x = dense(branch)
+    save_mask = act in reference.MASKED_ACTS and _wants_grad(branch, shortcut, gate)
+    return torch.ops.fusedres.residual_mix(
+        x, _aligned(shortcut, x), _aligned(gate, x), row_scale, alpha, beta, act, save_mask
+    )[0]

@@ -1,0 +1,143 @@
+"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
+from .blocks.chain import chain
+from .blocks.resnet import conv1x1
+
+__all__ = [
+    "ResNet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "se_resnet18",
+    "se_resnet34",
+    "se_resnet50",
+    "se_resnet101",
+    "se_resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+class ResNet(nn.Module):
+    """torchvision.models.ResNet: the same arguments, state dict, initialisation and outputs.
+
+    Args:
+        block: BasicBlock, Bottleneck or a class with their arguments and ``expansion``.
+        layers: blocks in each of the four stages.
+        num_classes: outputs of the last layer.
+        zero_init_residual: start every block as the identity (Goyal et al. 2017).
+        groups, width_per_group: of the 3x3 convolutions in Bottleneck.
+        replace_stride_with_dilation: for stages 2 to 4, keep the resolution and dilate.
+        norm_layer: called with a number of channels; default nn.BatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        block: Callable[..., nn.Module],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ):
+        super().__init__()
+        dilate = replace_stride_with_dilation or [False] * 3
+        if len(dilate) != 3:
+            raise ValueError(
+                "replace_stride_with_dilation should be None "
+                f"or a 3-element tuple, got {replace_stride_with_dilation}"
+            )
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.groups, self.base_width = groups, width_per_group
+        self.inplanes, self.dilation = 64, 1
+        self.conv1 = nn.Conv2d(3, self.inplanes, 7, 2, 3, bias=False)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], 2, dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False) -> nn.Sequential:
+        previous_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        downsample = None
+        if stride != 1 or self.inplanes != planes * block.expansion:
+            downsample = nn.Sequential(
+                conv1x1(self.inplanes, planes * block.expansion, stride),
+                self._norm_layer(planes * block.expansion),
+            )
+        shared = dict(
+            groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer
+        )
+        layers = [
+            block(self.inplanes, planes, stride, downsample, dilation=previous_dilation, **shared)
+        ]
+        self.inplanes = planes * block.expansion
+        layers += [
+            block(self.inplanes, planes, dilation=self.dilation, **shared)
+            for _ in range(1, blocks)
+        ]
+        return nn.Sequential(*layers)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.BatchNorm2d | nn.GroupNorm) and m.weight is not None:
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+        if zero_init_residual:
+            for m in self.modules():
+                if hasattr(m, "zero_init_last"):
+                    m.zero_init_last()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> logits [N, num_classes]."""
+        x = chain(x, (self.conv1, self.bn1, self.relu))
+        x = self.maxpool(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _model(block, layers: list[int], **kwargs) -> ResNet:
+    return ResNet(block, layers, **kwargs)
+
+
+resnet18 = partial(_model, BasicBlock, [2, 2, 2, 2])
+resnet34 = partial(_model, BasicBlock, [3, 4, 6, 3])
+resnet50 = partial(_model, Bottleneck, [3, 4, 6, 3])
+resnet101 = partial(_model, Bottleneck, [3, 4, 23, 3])
+resnet152 = partial(_model, Bottleneck, [3, 8, 36, 3])
+resnext50_32x4d = partial(_model, Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4)
+resnext101_32x8d = partial(_model, Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=8)
+resnext101_64x4d = partial(_model, Bottleneck, [3, 4, 23, 3], groups=64, width_per_group=4)
+wide_resnet50_2 = partial(_model, Bottleneck, [3, 4, 6, 3], width_per_group=128)
+wide_resnet101_2 = partial(_model, Bottleneck, [3, 4, 23, 3], width_per_group=128)
+se_resnet18 = partial(_model, SEBasicBlock, [2, 2, 2, 2])
+se_resnet34 = partial(_model, SEBasicBlock, [3, 4, 6, 3])
+se_resnet50 = partial(_model, SEBottleneck, [3, 4, 6, 3])
+se_resnet101 = partial(_model, SEBottleneck, [3, 4, 23, 3])
+se_resnet152 = partial(_model, SEBottleneck, [3, 8, 36, 3])

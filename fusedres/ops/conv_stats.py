@@ -1,0 +1,132 @@
+"""``conv_stats``: convolution with the previous batch norm and activation applied on the way in.
+
+``conv(act(bn(x)))`` and the batch statistics of its result. What is kept for the backward is the
+raw x alone: the activation that the convolution saw is computed again when it is needed. This is
+what makes a block in training hold one tensor a convolution instead of two.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ..layout import dense
+from .bn_act import fake_stats
+from .convolution import conv_flops, conv_numel, convolution, convolution_backward
+from .define import Traffic, by_reference, define, numel_bytes, register_autograd, vjp
+
+SCHEMA = (
+    "conv_stats(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var,"
+    " bool batch_stats, float eps, str act, Tensor weight, Tensor? bias, int[] stride,"
+    " int[] padding, int[] dilation, int groups, bool stats)"
+    " -> (Tensor y, Tensor y_mean, Tensor y_var)"
+)
+
+
+def _composed(
+    x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, weight, bias,
+    stride, padding, dilation, groups, stats,
+):  # fmt: skip
+    bn = bn_weight, bn_bias, mean, var, batch_stats, eps, act
+    y = convolution(prologue(x, *bn), weight, bias, (stride, padding, dilation, groups))
+    if not stats:
+        return y, *_no_stats(x)
+    return y, *torch.ops.fusedres.bn_stats(dense(y))
+
+
+def prologue(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act):
+    """``act(bn(x))``, or x itself where there is no batch norm before the convolution."""
+    if mean is None:
+        return x
+    return torch.ops.fusedres.bn_act(
+        x, bn_weight, bn_bias, None, mean, var, batch_stats, eps, act, False
+    )[0]
+
+
+def _no_stats(x):
+    acc = reference.acc_dtype(x.dtype)
+    return x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc)
+
+
+def _fake(
+    x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, weight, bias,
+    stride, padding, dilation, groups, stats,
+):  # fmt: skip
+    y = convolution(x, weight, bias, (stride, padding, dilation, groups))
+    return y, *(fake_stats(y) if stats else _no_stats(x))
+
+
+def _setup_context(ctx, inputs, output):
+    x, bn_weight, bn_bias, mean, var, ctx.batch_stats, ctx.eps, ctx.act, weight, bias = inputs[:10]
+    ctx.geometry = tuple(inputs[10:14])
+    # The caller may update running statistics in place before the backward: keep the values.
+    if mean is not None and not ctx.batch_stats:
+        mean, var = mean.clone(), var.clone()
+    ctx.save_for_backward(x, bn_weight, bn_bias, mean, var, weight, bias)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 15
+    x, bn_weight, bn_bias, mean, var, weight, bias = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needed = needs[0], needs[1], needs[2], needs[8], needs[9]
+    bn = mean, var, ctx.batch_stats, ctx.eps, ctx.act
+    inputs = x, bn_weight, bn_bias, weight, bias
+    if by_reference("conv_stats", x):
+        grads = _differentiable_backward(ctx, dy, inputs, bn, needed)
+    else:
+        grads = backward(dy, inputs, bn, ctx.geometry, needed)
+    dx, dbn_weight, dbn_bias, dweight, dbias = grads
+    return dx, dbn_weight, dbn_bias, *[None] * 5, dweight, dbias, *[None] * 5
+
+
+def backward(dy, inputs, bn, geometry, needed, h=None):
+    """Gradients for ``inputs = (x, bn_weight, bn_bias, weight, bias)``; h is act(bn(x)) if known."""
+    x, bn_weight, bn_bias, weight, bias = inputs
+    if h is None:
+        h = prologue(x, bn_weight, bn_bias, *bn)
+    through_bn = any(needed[:3])
+    which = [through_bn, needed[3], needed[4]]
+    dh, dweight, dbias = convolution_backward(dy, h, weight, bias is not None, geometry, which)
+    if bn[0] is None or not through_bn:
+        return dh, None, None, dweight, dbias
+    mean, var, batch_stats, eps, act = bn
+    mask = x.new_empty(0, dtype=torch.uint8)
+    dx, dbn_weight, dbn_bias, _ = torch.ops.fusedres.bn_act_backward(
+        dense(dh, like=x), x, bn_weight, bn_bias, None, mean, var, mask, batch_stats, eps, act,
+        False,
+    )  # fmt: skip
+    dbn_weight = dbn_weight.to(bn_weight.dtype) if needed[1] else None
+    dbn_bias = dbn_bias.to(bn_bias.dtype) if needed[2] else None
+    return dx if needed[0] else None, dbn_weight, dbn_bias, dweight, dbias
+
+
+def _differentiable_backward(ctx, dy, inputs, bn, needed):
+    def fn(x, bn_weight, bn_bias, weight, bias):
+        before = None if bn[0] is None else (bn_weight, bn_bias, *bn)
+        return reference.conv_stats(x, before, weight, bias, *ctx.geometry)[0]
+
+    return vjp(fn, inputs, needed, dy)
+
+
+def bytes_moved(*args) -> int:
+    """The convolution itself; its prologue and statistics are ops of their own on a CPU."""
+    x, weight, geometry = args[0], args[8], tuple(args[10:14])
+    y_bytes = conv_numel(x, weight, geometry) * x.element_size()
+    return numel_bytes(x) + y_bytes + numel_bytes(weight)
+
+
+def flops(*args) -> int:
+    return conv_flops(args[0], args[8], tuple(args[10:14]))
+
+
+define(
+    SCHEMA,
+    composed=_composed,
+    fake=_fake,
+    traffic=Traffic(bytes_moved, eager_bytes=bytes_moved, flops=flops),
+)
+register_autograd("conv_stats", _backward, _setup_context)

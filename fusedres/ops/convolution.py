@@ -1,0 +1,75 @@
+"""Dense convolution as PyTorch has it, plus the detour that reduced precision needs on old CPUs.
+
+oneDNN convolves bfloat16 and float16 only on CPUs with the matching instructions (AVX-512 or
+AVX-NE-CONVERT). Elsewhere aten falls back to a scalar-typed GEMM that is ten to twenty times
+slower than float32. There a float32 convolution of the upcast operands, rounded once at the end,
+is exact to the same standard (float32 accumulation is what oneDNN uses too) and far faster.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+
+
+@cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float32:
+        return True
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves ``dtype`` on this CPU (and is switched on)."""
+    return torch.backends.mkldnn.enabled and _onednn_has(dtype)
+
+
+def upcasts(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` takes the detour through float32."""
+    reduced = x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and reduced and not onednn_has(x.dtype)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``torch.conv2d`` of operands of one dtype; the result's dtype is theirs."""
+    stride, padding, dilation, groups = geometry
+    args = stride, padding, dilation, False, [0] * len(stride), groups
+    if upcasts(x) and weight.dtype == x.dtype:
+        operands = x.float(), weight.float(), None if bias is None else bias.float()
+        return torch.ops.aten.convolution(*operands, *args).to(x.dtype)
+    return torch.ops.aten.convolution(x, weight, bias, *args)
+
+
+def convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: Geometry, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``convolution`` with respect to x, weight and bias, where needed."""
+    stride, padding, dilation, groups = geometry
+    sizes = [weight.shape[0]] if has_bias else None
+    args = sizes, stride, padding, dilation, False, [0] * len(stride), groups, needed
+    if not upcasts(x):
+        return torch.ops.aten.convolution_backward(dy, x, weight, *args)
+    operands = dy.float(), x.float(), weight.float()
+    grads = torch.ops.aten.convolution_backward(*operands, *args)
+    return tuple(None if g is None else g.to(x.dtype) for g in grads)
+
+
+def conv_flops(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
+    return 2 * conv_numel(x, weight, geometry) * weight[0].numel()
+
+
+def conv_numel(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
+    """The number of elements of the convolution's result."""
+    stride, padding, dilation, _ = geometry
+    n = x.shape[0] * weight.shape[0]
+    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        n *= (size + 2 * padding[i] - dilation[i] * (kernel - 1) - 1) // stride[i] + 1
+    return n

@@ -1,0 +1,133 @@
+"""How an op of this library is made known to PyTorch.
+
+Every op has one schema under two names: ``fusedres::op`` is what the library calls, with fake
+kernel, autograd and the choice of a backend in Python; ``fusedres_native::op`` is what the
+compiled library implements. Both exist on a machine without the compiled library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+_public = torch.library.Library("fusedres", "DEF")
+_native = torch.library.Library("fusedres_native", "DEF")
+_native.define("cpu_isa() -> int")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one call of an op costs: bytes of memory moved, by us and by eager, and flops."""
+
+    bytes_moved: Callable[..., int]
+    eager_bytes: Callable[..., int]
+    flops: Callable[..., int]
+    launches: int = 1
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable,
+    reference: Callable | None = None,
+    traffic: Traffic | None = None,
+    composed: Callable | None = None,
+    describe: Callable[..., dispatch.Choice] | None = None,
+    tags: Sequence[torch.Tag] = (torch.Tag.needs_fixed_stride_order,),
+) -> None:
+    """Define one op. Its first tensor argument decides on the backend.
+
+    Args:
+        schema: The op's schema without namespace.
+        fake: Shapes, dtypes and strides of the results.
+        reference: Plain PyTorch with the op's arguments and results, for the reference backend.
+            A backward op has none: there the backward is autograd's own (``by_reference``).
+        traffic: Memory traffic and flops as functions of the op's arguments.
+        composed: For an op that is a composition of others: runs it on every backend.
+        describe: For a composed op: what carries it out for these arguments, and why no better.
+    """
+    name = schema.partition("(")[0]
+    _public.define(schema, tags=tags)
+    native = None
+    if composed is None:
+        _native.define(schema)
+        native = getattr(torch.ops.fusedres_native, name)
+
+    def run(*args):
+        x = next(a for a in args if isinstance(a, Tensor))
+        choice = dispatch.choose(name, x)
+        if dispatch.observed() and traffic is not None:
+            dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
+        if composed is not None:
+            kernel = composed
+        elif choice.backend == "native":
+            return native(*args)
+        elif reference is None:
+            raise RuntimeError(f"{name}: the reference's backward is autograd's own")
+        else:
+            kernel = reference
+        # Autocast has done its casts before an op is called; inside they would be wrong.
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(*args)
+
+    for key in ("CPU", "CUDA", "XPU", "MPS"):
+        _public.impl(name, run, key)
+    torch.library.register_fake(f"fusedres::{name}", fake, lib=_public)
+
+
+def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
+    return dispatch.Event(
+        op=name,
+        backend=choice.backend,
+        reason=choice.reason,
+        launches=traffic.launches,
+        bytes_moved=traffic.bytes_moved(*args),
+        eager_bytes=traffic.eager_bytes(*args),
+        flops=traffic.flops(*args),
+    )
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    torch.library.register_autograd(
+        f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
+    )
+
+
+def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor) -> list:
+    """Gradients of ``fn(*inputs)`` by autograd; differentiable again while gradients are on.
+
+    This is the backward of the reference backend, and of every backend when a graph of the
+    backward is wanted (double backward): the op's meaning is differentiated, not its kernel.
+    """
+    differentiable = torch.is_grad_enabled()
+    if not differentiable:
+        inputs = [None if t is None else t.detach() for t in inputs]
+    with torch.enable_grad():
+        for t, need in zip(inputs, needed, strict=True):
+            if need and not t.requires_grad:
+                t.requires_grad_()
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        y = fn(*inputs)
+        grads = torch.autograd.grad(
+            y, wanted, dy, create_graph=differentiable, materialize_grads=True
+        )
+    grads = iter(grads)
+    return [next(grads) if need else None for need in needed]
+
+
+def by_reference(name: str, x: Tensor) -> bool:
+    """Whether the backward of op ``name`` is to be autograd's derivative of the reference."""
+    return torch.is_grad_enabled() or dispatch.choose(name, x).backend == "reference"
+
+
+def empty_mask(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def numel_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -1,0 +1,97 @@
+"""Batch norm folded into convolution weights that oneDNN has laid out for this CPU, and their cache.
+
+An entry belongs to one weight tensor and lives as long as it does. It is used only while every
+tensor it was made from is the same object at the same version, with the same sampled values: a
+training step, ``load_state_dict`` or any in-place write makes a new one. Writes through ``.data``
+bypass autograd's version counter; the samples catch those that touch a whole tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .convolution import Geometry
+
+_SAMPLES = 32
+_LAYOUTS_KEPT = 4  # input sizes and dtypes for which one weight stays packed
+
+
+@dataclass
+class _Entry:
+    stamp: tuple
+    samples: Tensor
+    packed: OrderedDict = field(default_factory=OrderedDict)
+
+
+_cache = WeakTensorKeyDictionary()
+_lock = threading.Lock()
+
+
+def fold(weight, bias, bn_weight, bn_bias, mean, var, eps) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals conv, then batch norm; in float64."""
+    scale = torch.rsqrt(var.double() + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.double()
+    return weight.double() * scale.view(-1, 1, 1, 1), shift
+
+
+def folded_and_packed(
+    weight: Tensor, sources: tuple[Tensor | None, ...], eps: float,
+    x: Tensor, dtype: torch.dtype, geometry: Geometry,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The folded weight, packed for inputs like ``x`` computed in ``dtype``, and the folded bias.
+
+    Args:
+        sources: (conv bias, bn weight, bn bias, running mean, running variance).
+    """
+    tensors = (weight, *sources)
+    layout = (dtype, eps, tuple(x.shape), *map(str, geometry))
+    if any(t is not None and t.is_inference() for t in tensors):  # these have no version
+        return _pack(tensors, eps, x, dtype, geometry)
+    stamp = tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
+    samples = _samples(tensors)
+    with _lock:
+        entry = _cache.get(weight)
+        if entry is None or entry.stamp != stamp or not _same(entry.samples, samples):
+            entry = _cache[weight] = _Entry(stamp, samples)
+        packed = entry.packed.get(layout)
+        if packed is None:
+            packed = entry.packed[layout] = _pack(tensors, eps, x, dtype, geometry)
+            if len(entry.packed) > _LAYOUTS_KEPT:
+                entry.packed.popitem(last=False)
+    return packed
+
+
+def _samples(tensors) -> Tensor:
+    picked = []
+    for t in tensors:
+        if t is not None and t.numel():
+            step = max(1, t.numel() // _SAMPLES)
+            picked.append(t.detach().reshape(-1)[::step].double())
+    return torch.cat(picked)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # As bits, so that a NaN equals itself.
+    return torch.equal(a.view(torch.int64), b.view(torch.int64))
+
+
+def _pack(tensors, eps, x, dtype, geometry) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    weight, bias = fold(*tensors, eps)
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    size = list(x.shape)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, size
+    )
+    return packed, bias.to(dtype)

@@ -1,0 +1,39 @@
+"""Batch norm's running statistics: changed after the forward, once a step, never inside an op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def update_running_stats(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    x: Tensor,
+    momentum: float | Tensor,
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, the variance unbiased, in place.
+
+    Args:
+        mean, var: [C]; the batch's mean and biased variance.
+        x: the normalised tensor [N, C, ...]; gives the number of values a channel.
+        momentum: a number, or a one-element tensor (cumulative average).
+    """
+    if running_mean is None or running_var is None or x.numel() == 0 or recomputing():
+        return
+    count = x.numel() // x.shape[1]
+    with torch.no_grad():
+        for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing repeats it there.
+
+    PyTorch's own batch norm counts such a batch twice (pytorch#96136); here it counts once.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
