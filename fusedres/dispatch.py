@@ -115,6 +115,9 @@ def _warn_once(message: str) -> None:
 
 
 def notify(event: Event) -> None:
+    """Tell the observers of this thread; a compiled graph has none."""
+    if torch.compiler.is_compiling():
+        return
     for observer in _state.observers:
         observer(event)
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, reference
 from .layout import dense, memory_format
-from .ops.bn_act import saves_mask
+from .ops import bn_act, bn_se_act
+from .ops import conv_bn_act as conv_bn_act_op
+from .ops import residual_mix as residual_mix_op
+from .ops import squeeze_excite as squeeze_excite_op
 from .running_stats import update_running_stats
 
 __all__ = [
@@ -24,7 +27,6 @@ __all__ = [
     "residual_mix",
     "squeeze_excite",
 ]
-assert ops  # registers the ops
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -102,8 +104,8 @@ def batch_norm_act(
     checks.activation("act", act)
     mean, var = (None, None) if training else (running_mean, running_var)
     x = dense(input)
-    save_mask = saves_mask(act, residual) and _wants_grad(input, weight, bias, residual)
-    y, mean, var, _ = torch.ops.fusedres.bn_act(
+    save_mask = bn_act.saves_mask(act, residual) and _wants_grad(input, weight, bias, residual)
+    y, mean, var, _ = bn_act.op(
         x, weight, bias, _aligned(residual, x), mean, var, training, eps, act, save_mask
     )
     if training:
@@ -175,7 +177,7 @@ def conv_bn_act(
     if residual is not None:
         checks.same_device("residual", residual, input)
         checks.like("residual", residual.to("meta"), y)
-    return torch.ops.fusedres.conv_bn_act(
+    return conv_bn_act_op.op(
         input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, eps,
         stride, padding, dilation, groups, act,
     )  # fmt: skip
@@ -232,9 +234,9 @@ def squeeze_excite(
         raise ValueError(f"input: wanted at least 3 dimensions, got {tuple(input.shape)}")
     w1, w2 = _check_se(input, w1, b1, w2, b2, act, gate, post_act)
     checks.like("residual", residual, input)
-    save_mask = saves_mask(post_act, residual) and _wants_grad(input, w1, b1, w2, b2, residual)
+    save_mask = bn_act.saves_mask(post_act, residual) and _wants_grad(input, w1, b1, w2, b2, residual)
     x = dense(input)
-    return torch.ops.fusedres.squeeze_excite(
+    return squeeze_excite_op.op(
         x, w1, b1, w2, b2, _aligned(residual, x), act, gate, post_act, save_mask
     )[0]
 
@@ -274,9 +276,9 @@ def batch_norm_se_act(
     checks.like("residual", residual, input)
     mean, var = (None, None) if training else (running_mean, running_var)
     params = weight, bias, w1, b1, w2, b2
-    save_mask = saves_mask(act, residual) and _wants_grad(input, *params, residual)
+    save_mask = bn_act.saves_mask(act, residual) and _wants_grad(input, *params, residual)
     x = dense(input)
-    y, mean, var, *_ = torch.ops.fusedres.bn_se_act(
+    y, mean, var, *_ = bn_se_act.op(
         x, *params, _aligned(residual, x), mean, var, training, eps, se_act, gate, act, save_mask
     )
     if training:
@@ -324,6 +326,6 @@ def residual_mix(
         row_scale = row_scale.detach()
     x = dense(branch)
     save_mask = act in reference.MASKED_ACTS and _wants_grad(branch, shortcut, gate)
-    return torch.ops.fusedres.residual_mix(
+    return residual_mix_op.op(
         x, _aligned(shortcut, x), _aligned(gate, x), row_scale, alpha, beta, act, save_mask
     )[0]

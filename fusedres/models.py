@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -122,22 +121,35 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _model(block, layers: list[int], **kwargs) -> ResNet:
-    return ResNet(block, layers, **kwargs)
+def _resnet(name: str, block: type[nn.Module], layers: list[int], **fixed) -> Callable[..., ResNet]:
+    """A constructor of one model; keyword arguments go to ResNet."""
+
+    def build(**kwargs) -> ResNet:
+        return ResNet(block, layers, **fixed, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{name} with fusedres.{block.__name__}; keyword arguments as for ResNet."
+    return build
 
 
-resnet18 = partial(_model, BasicBlock, [2, 2, 2, 2])
-resnet34 = partial(_model, BasicBlock, [3, 4, 6, 3])
-resnet50 = partial(_model, Bottleneck, [3, 4, 6, 3])
-resnet101 = partial(_model, Bottleneck, [3, 4, 23, 3])
-resnet152 = partial(_model, Bottleneck, [3, 8, 36, 3])
-resnext50_32x4d = partial(_model, Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4)
-resnext101_32x8d = partial(_model, Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=8)
-resnext101_64x4d = partial(_model, Bottleneck, [3, 4, 23, 3], groups=64, width_per_group=4)
-wide_resnet50_2 = partial(_model, Bottleneck, [3, 4, 6, 3], width_per_group=128)
-wide_resnet101_2 = partial(_model, Bottleneck, [3, 4, 23, 3], width_per_group=128)
-se_resnet18 = partial(_model, SEBasicBlock, [2, 2, 2, 2])
-se_resnet34 = partial(_model, SEBasicBlock, [3, 4, 6, 3])
-se_resnet50 = partial(_model, SEBottleneck, [3, 4, 6, 3])
-se_resnet101 = partial(_model, SEBottleneck, [3, 4, 23, 3])
-se_resnet152 = partial(_model, SEBottleneck, [3, 8, 36, 3])
+resnet18 = _resnet("resnet18", BasicBlock, [2, 2, 2, 2])
+resnet34 = _resnet("resnet34", BasicBlock, [3, 4, 6, 3])
+resnet50 = _resnet("resnet50", Bottleneck, [3, 4, 6, 3])
+resnet101 = _resnet("resnet101", Bottleneck, [3, 4, 23, 3])
+resnet152 = _resnet("resnet152", Bottleneck, [3, 8, 36, 3])
+resnext50_32x4d = _resnet(
+    "resnext50_32x4d", Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4
+)
+resnext101_32x8d = _resnet(
+    "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=8
+)
+resnext101_64x4d = _resnet(
+    "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], groups=64, width_per_group=4
+)
+wide_resnet50_2 = _resnet("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], width_per_group=128)
+wide_resnet101_2 = _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], width_per_group=128)
+se_resnet18 = _resnet("se_resnet18", SEBasicBlock, [2, 2, 2, 2])
+se_resnet34 = _resnet("se_resnet34", SEBasicBlock, [3, 4, 6, 3])
+se_resnet50 = _resnet("se_resnet50", SEBottleneck, [3, 4, 6, 3])
+se_resnet101 = _resnet("se_resnet101", SEBottleneck, [3, 4, 23, 3])
+se_resnet152 = _resnet("se_resnet152", SEBottleneck, [3, 8, 36, 3])

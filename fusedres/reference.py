@@ -21,7 +21,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "hardswish": F.hardswish,
 }
-GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+# F.hardsigmoid has no second derivative; this is its formula.
+GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": lambda x: F.relu6(x + 3) / 6}
 
 # Activations whose derivative takes two values: one saved bit an element gives the backward.
 MASKED_ACTS = ("relu", "relu6", "leaky_relu")
@@ -39,6 +40,8 @@ def _acc(x: Tensor, *params: Tensor | None) -> list[Tensor | None]:
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and biased variance: ``x [N, C, ...] -> [C], [C]``."""
     dims = [d for d in range(x.dim()) if d != 1]
+    if x.numel() == 0:  # var_mean would warn
+        return tuple(x.new_full((x.shape[1],), float("nan"), dtype=acc_dtype(x.dtype)) for _ in "mv")
     var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), dims, correction=0)
     return mean, var
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from .. import functional as F
+from ..ops import conv_bn_act
 from .recognise import act_of, hooked, se_of, wants_grad
 from .training import conv_shape, convolve, tail
 from .unit import Pending, State, Unit, activate, materialise, operands, unit_of
@@ -137,7 +138,7 @@ def _conv_bn_act(unit: Unit, x: Tensor, residual: Tensor | None, act: str) -> Te
     n = unit.norm
     x, weight, bias = operands(x, unit.conv)
     residual = None if residual is None else residual.to(x.dtype)
-    return torch.ops.fusedres.conv_bn_act(
+    return conv_bn_act.op(
         x, weight, bias, residual, n.weight, n.bias, n.running_mean, n.running_var, n.eps,
         *unit.geometry, act,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch
 from ..layout import conv_memory_format, dense
+from ..ops import conv_stats
 from ..ops.bn_act import saves_mask
 from ..ops.conv_tail import Tail, conv_tail, tail_op, worth_recomputing
 from .recognise import SE, se_of, wants_grad
@@ -19,7 +20,7 @@ def convolve(unit: Unit, state: State) -> Pending:
     """The unit's convolution of ``state``; its own norm and activation are left pending."""
     prologue = state.prologue if isinstance(state, Pending) else _NO_PROLOGUE
     x, weight, bias = operands(value(state), unit.conv)
-    raw, mean, var = torch.ops.fusedres.conv_stats(
+    raw, mean, var = conv_stats.op(
         x, *prologue, weight, bias, *unit.geometry, unit.norm.batch_stats
     )
     if unit.norm.batch_stats:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import dispatch, reference
 from ..layout import dense
+from ..ops import bn_act
 from ..ops.convolution import Geometry
 from ..running_stats import recomputing, update_running_stats
 from .recognise import Norm, act_of, geometry_of, norm_of
@@ -99,7 +100,7 @@ def materialise(state: State) -> Tensor:
     if isinstance(state, Tensor):
         return state
     weight, bias, *bn = state.prologue
-    return torch.ops.fusedres.bn_act(dense(state.raw), weight, bias, None, *bn, False)[0]
+    return bn_act.op(dense(state.raw), weight, bias, None, *bn, False)[0]
 
 
 def activate(x: Tensor, act: nn.Module | str | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import dense, mask_shape, pack_mask, unpack_mask
-from .define import Traffic, by_reference, define, empty_mask, numel_bytes, register_autograd, vjp
+from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
     "bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var,"
@@ -87,7 +87,7 @@ def _backward(ctx, dy, *_):
     if by_reference("bn_act", x):
         inputs = (x, weight, bias, residual)
         return *_differentiable_backward(ctx, dy, inputs, mean, var, mask, needed), *none
-    dx, dweight, dbias, dresidual = torch.ops.fusedres.bn_act_backward(
+    dx, dweight, dbias, dresidual = backward_op(
         dy, x, weight, bias, residual, mean, var, mask, ctx.batch_stats, ctx.eps, ctx.act,
         needed[3] and ctx.act != "identity",
     )  # fmt: skip
@@ -148,23 +148,24 @@ def backward_eager_bytes(
     return (5 + 3 * (act != "identity")) * numel_bytes(x)
 
 
-define(
+op = define(
     SCHEMA,
     reference=_reference,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
     traffic=Traffic(bytes_moved, eager_bytes, flops=lambda x, *_: 8 * x.numel()),
 )
-define(
+stats_op = define(
     STATS_SCHEMA,
     reference=reference.bn_stats,
     fake=fake_stats,
     traffic=Traffic(numel_bytes, numel_bytes, flops=lambda x: 4 * x.numel()),
 )
-define(
+backward_op = define(
     BACKWARD_SCHEMA,
     fake=_fake_backward,
     traffic=Traffic(
         backward_bytes_moved, backward_eager_bytes, flops=lambda dy, *_: 12 * dy.numel()
     ),
 )
-register_autograd("bn_act", _backward, _setup_context)

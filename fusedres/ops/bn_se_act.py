@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..layout import dense, mask_shape, pack_mask, unpack_mask
 from .bn_act import fake_stats
-from .define import Traffic, by_reference, define, empty_mask, numel_bytes, register_autograd, vjp
+from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 from .squeeze_excite import cast_like, fake_mlp, fake_mlp_grads, mlp_bytes, mlp_flops
 
 SCHEMA = (
@@ -83,7 +83,7 @@ def _backward(ctx, dy, *_):
     if by_reference("bn_se_act", x):
         inputs = (x, weight, bias, w1, b1, w2, b2, residual)
         return *_differentiable_backward(ctx, dy, inputs, mean, var, mask, needed), *[None] * 8
-    dx, dweight, dbias, dw1, db1, dw2, db2, dresidual = torch.ops.fusedres.bn_se_act_backward(
+    dx, dweight, dbias, dw1, db1, dw2, db2, dresidual = backward_op(
         dy, x, weight, bias, w1, w2, residual, mean, var, squeezed, hidden, logits, mask,
         ctx.batch_stats, ctx.eps, ctx.se_act, ctx.gate, ctx.act,
         needed[7] and ctx.act != "identity",
@@ -137,17 +137,19 @@ def backward_eager_bytes(dy, x, weight, bias, w1, *args) -> int:
     return (15 + 3 * (act != "identity")) * numel_bytes(x) + 2 * mlp_bytes(x, w1)
 
 
-define(
+op = define(
     SCHEMA,
     reference=_reference,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
     traffic=Traffic(
         bytes_moved,
         eager_bytes,
         flops=lambda x, weight, bias, w1, *_: 8 * x.numel() + mlp_flops(x, w1),
     ),
 )
-define(
+backward_op = define(
     BACKWARD_SCHEMA,
     fake=_fake_backward,
     traffic=Traffic(
@@ -156,4 +158,3 @@ define(
         flops=lambda dy, x, weight, bias, w1, *_: 14 * x.numel() + 2 * mlp_flops(x, w1),
     ),
 )
-register_autograd("bn_se_act", _backward, _setup_context)

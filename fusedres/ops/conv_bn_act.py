@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..dispatch import Choice, forced_backend
 from ..layout import conv_memory_format, dense
+from . import bn_act
 from .convolution import conv_flops, conv_numel, convolution, onednn_has, upcasts
-from .define import Traffic, define, numel_bytes, register_autograd
+from .define import Traffic, define, numel_bytes
 from .packing import folded_and_packed
 
 SCHEMA = (
@@ -45,6 +47,8 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
         return "the reference backend was asked for"
     if not onednn_has(torch.float32):
         return "this PyTorch has no oneDNN, or it is switched off"
+    if (missing := native.load_error()) is not None:
+        return missing  # without it a packed weight cannot be known to be up to date
     if x.dtype == torch.float64:
         return "oneDNN has no float64 convolution"
     if x.numel() == 0:
@@ -72,7 +76,7 @@ def _composed(
         y = dense(convolution(x, weight, bias, geometry))
         residual = None if residual is None else dense(residual, like=y)
         bn = bn_weight, bn_bias, residual, mean, var, False, eps, act, False
-        return torch.ops.fusedres.bn_act(y, *bn)[0]
+        return bn_act.op(y, *bn)[0]
     out_format = conv_memory_format(x, weight)
     compute = torch.float32 if upcasts(x) else x.dtype
     sources = bias, bn_weight, bn_bias, mean, var
@@ -117,15 +121,16 @@ def eager_bytes(x, weight, bias, residual, *args) -> int:
     return numel_bytes(x) + numel_bytes(weight) + passes * y
 
 
-define(
+op = define(
     SCHEMA,
     composed=_composed,
     describe=_describe,
     fake=_fake,
+    backward=_backward,
+    setup_context=lambda ctx, inputs, output: None,
     traffic=Traffic(
         bytes_moved,
         eager_bytes,
         flops=lambda x, weight, *args: conv_flops(x, weight, tuple(args[7:11])),
     ),
 )
-register_autograd("conv_bn_act", _backward, lambda ctx, inputs, output: None)

@@ -11,9 +11,10 @@ import torch
 
 from .. import reference
 from ..layout import dense
+from . import bn_act
 from .bn_act import fake_stats
 from .convolution import conv_flops, conv_numel, convolution, convolution_backward
-from .define import Traffic, by_reference, define, numel_bytes, register_autograd, vjp
+from .define import Traffic, by_reference, define, numel_bytes, vjp
 
 SCHEMA = (
     "conv_stats(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var,"
@@ -31,14 +32,14 @@ def _composed(
     y = convolution(prologue(x, *bn), weight, bias, (stride, padding, dilation, groups))
     if not stats:
         return y, *_no_stats(x)
-    return y, *torch.ops.fusedres.bn_stats(dense(y))
+    return y, *bn_act.stats_op(dense(y))
 
 
 def prologue(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act):
     """``act(bn(x))``, or x itself where there is no batch norm before the convolution."""
     if mean is None:
         return x
-    return torch.ops.fusedres.bn_act(
+    return bn_act.op(
         x, bn_weight, bn_bias, None, mean, var, batch_stats, eps, act, False
     )[0]
 
@@ -95,7 +96,7 @@ def backward(dy, inputs, bn, geometry, needed, h=None):
         return dh, None, None, dweight, dbias
     mean, var, batch_stats, eps, act = bn
     mask = x.new_empty(0, dtype=torch.uint8)
-    dx, dbn_weight, dbn_bias, _ = torch.ops.fusedres.bn_act_backward(
+    dx, dbn_weight, dbn_bias, _ = bn_act.backward_op(
         dense(dh, like=x), x, bn_weight, bn_bias, None, mean, var, mask, batch_stats, eps, act,
         False,
     )  # fmt: skip
@@ -123,10 +124,11 @@ def flops(*args) -> int:
     return conv_flops(args[0], args[8], tuple(args[10:14]))
 
 
-define(
+op = define(
     SCHEMA,
     composed=_composed,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
     traffic=Traffic(bytes_moved, eager_bytes=bytes_moved, flops=flops),
 )
-register_autograd("conv_stats", _backward, _setup_context)

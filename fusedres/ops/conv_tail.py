@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dispatch
 from ..layout import dense, unpack_mask
 from ..reference import masked_activation
-from . import conv_stats
+from . import bn_act, bn_se_act, conv_stats
 from .convolution import Geometry, convolution
 from .define import vjp
 
@@ -36,21 +36,22 @@ class Tail:
 
 def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether repeating a convolution in the backward is cheaper than keeping its result."""
+    if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
+        return False
     if dispatch.choose("bn_act", x).backend == "reference":
         return False
     pointwise = weight.shape[2:].numel() == 1 and geometry[0] == [1, 1] and geometry[3] == 1
     expands = weight.shape[0] >= 2 * weight.shape[1]
-    cheap = weight.shape[1] <= RECOMPUTE_MAX_CHANNELS
-    return pointwise and expands and cheap and not torch.compiler.is_compiling()
+    return pointwise and expands and weight.shape[1] <= RECOMPUTE_MAX_CHANNELS
 
 
 def tail_op(raw, tail: Tail, norm, mlp, residual, stats, save_mask: bool) -> tuple[Tensor, ...]:
     """``bn_act``, or ``bn_se_act`` where there is an MLP; ``(y, mean, var, *rest, mask)``."""
     if tail.se is None:
-        return torch.ops.fusedres.bn_act(
+        return bn_act.op(
             raw, *norm, residual, *stats, tail.batch_stats, tail.eps, tail.act, save_mask
         )
-    return torch.ops.fusedres.bn_se_act(
+    return bn_se_act.op(
         raw, *norm, *mlp, residual, *stats, tail.batch_stats, tail.eps, *tail.se, tail.act,
         save_mask,
     )  # fmt: skip
@@ -76,7 +77,7 @@ def conv_tail(x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, st
 def _forward(spec, x, *tensors):
     tail, geometry, rest, save_mask = spec
     bn, (weight, bias), norm, mlp, residual, stats = _split(tensors)
-    raw, *batch = torch.ops.fusedres.conv_stats(
+    raw, *batch = conv_stats.op(
         x, *bn, *rest, weight, bias, *geometry, tail.batch_stats
     )
     stats = batch if tail.batch_stats else stats
@@ -133,12 +134,12 @@ def _tail_backward(dy, raw, tail, norm, mlp, mean, var, rest, needs_residual):
     """Gradients of (raw, norm, mlp, residual)."""
     want = needs_residual and tail.act != "identity"
     if tail.se is None:
-        draw, dweight, dbias, dresidual = torch.ops.fusedres.bn_act_backward(
+        draw, dweight, dbias, dresidual = bn_act.backward_op(
             dy, raw, *norm, None, mean, var, *rest, tail.batch_stats, tail.eps, tail.act, want
         )
         dmlp = [None] * 4
     else:
-        draw, dweight, dbias, *dmlp, dresidual = torch.ops.fusedres.bn_se_act_backward(
+        draw, dweight, dbias, *dmlp, dresidual = bn_se_act.backward_op(
             dy, raw, *norm, mlp[0], mlp[2], None, mean, var, *rest,
             tail.batch_stats, tail.eps, *tail.se, tail.act, want,
         )  # fmt: skip

@@ -18,6 +18,10 @@ from .. import dispatch
 _public = torch.library.Library("fusedres", "DEF")
 _native = torch.library.Library("fusedres_native", "DEF")
 _native.define("cpu_isa() -> int")
+_native.define(
+    "fingerprint(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
+    " Tensor var) -> int"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,30 @@ class Traffic:
     launches: int = 1
 
 
+@dataclass(frozen=True)
+class Op:
+    """A defined op, to be called with positional arguments.
+
+    Plain tensors take the short way, straight to ``run`` or its autograd.Function: PyTorch's
+    dispatcher costs 50 to 100 microseconds a call for an op that is written in Python. Whatever
+    traces or wraps tensors (torch.compile, export, fake tensors) goes through the dispatcher.
+    """
+
+    dispatched: Callable
+    run: Callable
+    function: type[torch.autograd.Function] | None
+
+    def __call__(self, *args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, torch.nn.Parameter):
+            return self.dispatched(*args)
+        if self.function is None or not torch.is_grad_enabled():
+            return self.run(*args)
+        if any(t.requires_grad for t in tensors):
+            return self.function.apply(*args)
+        return self.run(*args)
+
+
 def define(
     schema: str,
     *,
@@ -38,8 +66,9 @@ def define(
     traffic: Traffic | None = None,
     composed: Callable | None = None,
     describe: Callable[..., dispatch.Choice] | None = None,
-    tags: Sequence[torch.Tag] = (torch.Tag.needs_fixed_stride_order,),
-) -> None:
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Op:
     """Define one op. Its first tensor argument decides on the backend.
 
     Args:
@@ -50,9 +79,10 @@ def define(
         traffic: Memory traffic and flops as functions of the op's arguments.
         composed: For an op that is a composition of others: runs it on every backend.
         describe: For a composed op: what carries it out for these arguments, and why no better.
+        backward, setup_context: The autograd formula, as for ``torch.library.register_autograd``.
     """
     name = schema.partition("(")[0]
-    _public.define(schema, tags=tags)
+    _public.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     native = None
     if composed is None:
         _native.define(schema)
@@ -71,6 +101,8 @@ def define(
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:
             kernel = reference
+        if not torch.is_autocast_enabled(x.device.type):
+            return kernel(*args)
         # Autocast has done its casts before an op is called; inside they would be wrong.
         with torch.autocast(x.device.type, enabled=False):
             return kernel(*args)
@@ -78,6 +110,16 @@ def define(
     for key in ("CPU", "CUDA", "XPU", "MPS"):
         _public.impl(name, run, key)
     torch.library.register_fake(f"fusedres::{name}", fake, lib=_public)
+    function = None
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
+        )
+        parts = {"forward": run, "setup_context": setup_context, "backward": backward}
+        function = type(
+            name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()}
+        )
+    return Op(getattr(torch.ops.fusedres, name), run, function)
 
 
 def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
@@ -89,12 +131,6 @@ def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) ->
         bytes_moved=traffic.bytes_moved(*args),
         eager_bytes=traffic.eager_bytes(*args),
         flops=traffic.flops(*args),
-    )
-
-
-def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    torch.library.register_autograd(
-        f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
     )
 
 

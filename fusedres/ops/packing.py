@@ -1,9 +1,9 @@
 """Batch norm folded into convolution weights that oneDNN has laid out for this CPU, and their cache.
 
 An entry belongs to one weight tensor and lives as long as it does. It is used only while every
-tensor it was made from is the same object at the same version, with the same sampled values: a
+tensor it was made from is the same object at the same version with the same fingerprint: a
 training step, ``load_state_dict`` or any in-place write makes a new one. Writes through ``.data``
-bypass autograd's version counter; the samples catch those that touch a whole tensor.
+bypass autograd's version counter; the fingerprint catches those that touch a whole tensor.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .convolution import Geometry
 
-_SAMPLES = 32
 _LAYOUTS_KEPT = 4  # input sizes and dtypes for which one weight stays packed
 
 
 @dataclass
 class _Entry:
     stamp: tuple
-    samples: Tensor
     packed: OrderedDict = field(default_factory=OrderedDict)
 
 
@@ -55,15 +53,15 @@ def folded_and_packed(
         sources: (conv bias, bn weight, bn bias, running mean, running variance).
     """
     tensors = (weight, *sources)
-    layout = (dtype, eps, tuple(x.shape), *map(str, geometry))
-    if any(t is not None and t.is_inference() for t in tensors):  # these have no version
+    stamp = _stamp(tensors)
+    if stamp is None:
         return _pack(tensors, eps, x, dtype, geometry)
-    stamp = tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
-    samples = _samples(tensors)
+    stride, padding, dilation, groups = geometry
+    layout = dtype, eps, x.shape, *stride, *padding, *dilation, groups
     with _lock:
         entry = _cache.get(weight)
-        if entry is None or entry.stamp != stamp or not _same(entry.samples, samples):
-            entry = _cache[weight] = _Entry(stamp, samples)
+        if entry is None or entry.stamp != stamp:
+            entry = _cache[weight] = _Entry(stamp)
         packed = entry.packed.get(layout)
         if packed is None:
             packed = entry.packed[layout] = _pack(tensors, eps, x, dtype, geometry)
@@ -72,18 +70,18 @@ def folded_and_packed(
     return packed
 
 
-def _samples(tensors) -> Tensor:
-    picked = []
-    for t in tensors:
-        if t is not None and t.numel():
-            step = max(1, t.numel() // _SAMPLES)
-            picked.append(t.detach().reshape(-1)[::step].double())
-    return torch.cat(picked)
+def _stamp(tensors: tuple[Tensor | None, ...]) -> tuple | None:
+    """What must not change while a packed weight is used; None where that cannot be told."""
+    weight = tensors[0]
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if not dense or any(t is not None and not _versioned(t) for t in tensors):
+        return None
+    versions = tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
+    return torch.ops.fusedres_native.fingerprint(*tensors), *versions
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    # As bits, so that a NaN equals itself.
-    return torch.equal(a.view(torch.int64), b.view(torch.int64))
+def _versioned(t: Tensor) -> bool:
+    return not t.is_inference() and (t.dim() > 1 or t.is_contiguous())
 
 
 def _pack(tensors, eps, x, dtype, geometry) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from .. import reference
 from ..layout import mask_shape, memory_format, pack_mask, unpack_mask
-from .define import Traffic, by_reference, define, empty_mask, numel_bytes, register_autograd, vjp
+from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
     "residual_mix(Tensor branch, Tensor shortcut, Tensor? gate, Tensor? row_scale,"
@@ -63,7 +63,7 @@ def _backward(ctx, dy, _):
         inputs = branch, shortcut, gate
         grads = _differentiable_backward(ctx, dy, inputs, row_scale, mask, needed)
     else:
-        grads = torch.ops.fusedres.residual_mix_backward(
+        grads = backward_op(
             dy, branch, shortcut, gate, row_scale, mask, ctx.alpha, ctx.beta, ctx.act
         )
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
@@ -112,17 +112,18 @@ def backward_eager_bytes(dy, branch, shortcut, gate, row_scale, mask, alpha, bet
     return passes * numel_bytes(dy)
 
 
-define(
+op = define(
     SCHEMA,
     reference=_reference,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
     traffic=Traffic(bytes_moved, eager_bytes, flops=lambda branch, *_: 4 * branch.numel()),
 )
-define(
+backward_op = define(
     BACKWARD_SCHEMA,
     fake=_fake_backward,
     traffic=Traffic(
         backward_bytes_moved, backward_eager_bytes, flops=lambda dy, *_: 3 * dy.numel()
     ),
 )
-register_autograd("residual_mix", _backward, _setup_context)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import dense, mask_shape, pack_mask, unpack_mask
-from .define import Traffic, by_reference, define, empty_mask, numel_bytes, register_autograd, vjp
+from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
     "squeeze_excite(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
@@ -79,7 +79,7 @@ def _backward(ctx, dy, *_):
     if by_reference("squeeze_excite", x):
         inputs = (x, w1, b1, w2, b2, residual)
         return *_differentiable_backward(ctx, dy, inputs, mask, needed), *[None] * 4
-    dx, dw1, db1, dw2, db2, dresidual = torch.ops.fusedres.squeeze_excite_backward(
+    dx, dw1, db1, dw2, db2, dresidual = backward_op(
         dy, x, w1, w2, residual, squeezed, hidden, logits, mask,
         ctx.act, ctx.gate, ctx.post_act, needed[5] and ctx.post_act != "identity",
     )  # fmt: skip
@@ -148,15 +148,17 @@ def backward_eager_bytes(
     return (10 + 3 * (post_act != "identity")) * numel_bytes(x) + 2 * mlp_bytes(x, w1)
 
 
-define(
+op = define(
     SCHEMA,
     reference=_reference,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
     traffic=Traffic(
         bytes_moved, eager_bytes, flops=lambda x, w1, *_: 4 * x.numel() + mlp_flops(x, w1)
     ),
 )
-define(
+backward_op = define(
     BACKWARD_SCHEMA,
     fake=_fake_backward,
     traffic=Traffic(
@@ -165,4 +167,3 @@ define(
         flops=lambda dy, x, w1, *_: 6 * x.numel() + 2 * mlp_flops(x, w1),
     ),
 )
-register_autograd("squeeze_excite", _backward, _setup_context)

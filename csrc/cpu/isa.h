@@ -1,0 +1,112 @@
+// What the host side and the instruction-set variants of the kernels share: plain structs, and a
+// table of function pointers that each variant fills in. C headers only (see simd.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "../bn_math.h"
+
+namespace fusedres {
+
+enum Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+
+constexpr int64_t kChain = 128;        // longest fp32 chain of a sum before it is carried to fp64
+constexpr int64_t kMaxColumns = 1024;  // columns of a reduction tile, and of a packed row
+constexpr int64_t kPad = 16;           // readable elements behind every coefficient array
+
+// How a dense tensor is cut. It is `groups` runs of memory; a group is [rows, cols] row-major.
+//   NHWC, one set of coefficients:   1 group of N*HW rows, cols = C
+//   NHWC, coefficients per image:    N groups of HW rows, cols = C
+//   NCHW:                            N*C groups of HW rows, cols = 1
+// `pack` rows are processed as one row of pack*cols columns, so that few or odd channels still fill
+// vectors. A tile is tile_rows rows of one group, or a block of their columns. Nothing here depends
+// on the number of threads: every sum has the same tiles in the same order.
+struct Plan {
+  int64_t groups, rows, cols;
+  int64_t pack;
+  int64_t tile_rows, tiles;        // tiles of a group, top to bottom
+  int64_t col_block, col_blocks;   // blocks of a tile, left to right; 1 when pack > 1
+  int64_t items() const { return groups * tiles * col_blocks; }
+};
+
+// How the gradient u = dy * act'(z) at the activation's input is found.
+enum UMode : int { kUIdentity, kUMask, kURelu, kUAny, kUModes };
+enum FwdAct : int { kFwdIdentity, kFwdRelu, kFwdAny, kFwdActs };
+
+// Arguments of the streaming kernels. acc_t is float, or double for float64 tensors.
+struct StreamParams {
+  Plan plan;
+  const void* x;                   // scalar_t, in the plan's order, like every tensor here
+  const void* dy;
+  const void* residual;            // or null
+  void* out;                       // y or dx
+  void* dresidual;                 // or null
+  const uint8_t* mask_in;          // or null
+  uint8_t* mask_out;               // or null
+  int64_t mask_row_bytes;          // bytes of a mask row, and of a packed row when pack > 1
+  int64_t mask_group_bytes;
+  const void* center;              // acc_t [center_groups, cols]: z = (x - center) * scale + bias
+  const void* scale;               // acc_t [coef_groups, cols], like bias, p, q, r
+  const void* bias;
+  const void* p;                   // dx = p * u + q * (x - center) + r; q is null when it is zero
+  const void* q;
+  const void* r;
+  int64_t center_groups, coef_groups;  // group g reads set g % groups
+  Act act;
+  double* partial1;                // [groups, tiles, cols]: mean, or sum of u
+  double* partial2;                // squared deviations, or sum of u * (x - center)
+};
+
+// Arguments of residual_mix: per image, `rows` rows of row_len elements, the last one shorter.
+struct MixParams {
+  int64_t images, image_elems, rows, row_len, rows_per_item, items_per_image;
+  int64_t mask_row_bytes, mask_image_bytes;
+  const void *dy, *branch, *shortcut, *gate;
+  void *y, *dbranch, *dshortcut, *dgate;
+  const uint8_t* mask_in;
+  uint8_t* mask_out;
+  const void* alpha;               // acc_t [images]: alpha * row_scale[n]
+  double beta;
+  Act act;
+};
+
+// out[n, o] = bias[o] + sum_k a * w over small dense matrices, all acc_t, row-major.
+struct MatmulParams {
+  const void *a, *w, *bias;
+  void* out;
+  int64_t n, o, k;
+};
+
+using StreamFn = void (*)(const StreamParams&, int64_t begin, int64_t end);
+using MixFn = void (*)(const MixParams&, int64_t begin, int64_t end);
+using MatmulFn = void (*)(const MatmulParams&, int64_t begin, int64_t end);
+using ConvertFn = void (*)(const void* from, void* to, int64_t n);
+
+struct KernelTable {
+  int id;  // 0 portable, 1 avx2, 2 avx512
+  StreamFn stats[kDtypes][2];  // [0] mean only, [1] mean and squared deviations
+  StreamFn fwd_apply[kDtypes][kFwdActs];
+  StreamFn bwd_reduce[kDtypes][kUModes];
+  StreamFn bwd_apply[kDtypes][kUModes];
+  MixFn mix_fwd[kDtypes];
+  MixFn mix_bwd[kDtypes];
+  MatmulFn matmul_nt[2];  // a [n, k], w [o, k]; range over o. [0] float, [1] double, also below
+  MatmulFn matmul_nn[2];  // a [n, k], w [k, o]; range over blocks of 16 columns of o
+  MatmulFn matmul_tn[2];  // a [n, o], w [n, k], out [o, k]; range over o
+  ConvertFn to_acc[kDtypes][2];
+};
+
+namespace portable {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+
+// The fastest variant that this CPU can run; FUSEDRES_CPU_ISA lowers the choice.
+const KernelTable& kernels();
+
+}  // namespace fusedres

@@ -1,0 +1,52 @@
+// The operators, as registration.cpp binds them. Schemas and meaning: fusedres/ops/<op>.py.
+#pragma once
+
+#include "host.h"
+
+namespace fusedres {
+
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensors2 bn_stats(Tensor x);
+Tensors4 bn_act(Tensor x, OptTensor weight, OptTensor bias, OptTensor residual, OptTensor mean,
+                OptTensor var, bool batch_stats, double eps, std::string act, bool save_mask);
+Tensors4 bn_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bias, OptTensor residual,
+                         Tensor mean, Tensor var, Tensor mask, bool batch_stats, double eps,
+                         std::string act, bool need_dresidual);
+
+Tensors5 squeeze_excite(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2,
+                        OptTensor residual, std::string act, std::string gate,
+                        std::string post_act, bool save_mask);
+Tensors6 squeeze_excite_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, OptTensor residual,
+                                 Tensor squeezed, Tensor hidden, Tensor logits, Tensor mask,
+                                 std::string act, std::string gate, std::string post_act,
+                                 bool need_dresidual);
+
+Tensors7 bn_se_act(Tensor x, OptTensor weight, OptTensor bias, Tensor w1, OptTensor b1, Tensor w2,
+                   OptTensor b2, OptTensor residual, OptTensor mean, OptTensor var,
+                   bool batch_stats, double eps, std::string se_act, std::string gate,
+                   std::string act, bool save_mask);
+Tensors8 bn_se_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bias, Tensor w1,
+                            Tensor w2, OptTensor residual, Tensor mean, Tensor var,
+                            Tensor squeezed, Tensor hidden, Tensor logits, Tensor mask,
+                            bool batch_stats, double eps, std::string se_act, std::string gate,
+                            std::string act, bool need_dresidual);
+
+Tensors2 residual_mix(Tensor branch, Tensor shortcut, OptTensor gate, OptTensor row_scale,
+                      double alpha, double beta, std::string act, bool save_mask);
+Tensors3 residual_mix_backward(Tensor dy, OptTensor branch, OptTensor shortcut, OptTensor gate,
+                               OptTensor row_scale, Tensor mask, double alpha, double beta,
+                               std::string act);
+
+int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
+                    Tensor mean, Tensor var);
+
+int64_t cpu_isa();
+
+}  // namespace fusedres

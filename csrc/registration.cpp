@@ -1,0 +1,29 @@
+// Binds the CPU implementations to the schemas that fusedres/ops/*.py define.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+namespace fusedres {
+
+int64_t cpu_isa() { return kernels().id; }
+
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+  m.impl("bn_stats", TORCH_BOX(&fusedres::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fusedres::bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&fusedres::bn_act_backward));
+  m.impl("squeeze_excite", TORCH_BOX(&fusedres::squeeze_excite));
+  m.impl("squeeze_excite_backward", TORCH_BOX(&fusedres::squeeze_excite_backward));
+  m.impl("bn_se_act", TORCH_BOX(&fusedres::bn_se_act));
+  m.impl("bn_se_act_backward", TORCH_BOX(&fusedres::bn_se_act_backward));
+  m.impl("residual_mix", TORCH_BOX(&fusedres::residual_mix));
+  m.impl("residual_mix_backward", TORCH_BOX(&fusedres::residual_mix_backward));
+  m.impl("fingerprint", TORCH_BOX(&fusedres::fingerprint));
+}
+
+// No tensor argument, so no CPU key to dispatch on: "cpu_isa() -> int" is 0, 1 or 2 for portable,
+// avx2 or avx512.
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&fusedres::cpu_isa));
+}
