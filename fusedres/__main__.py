@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "demo", add_help=False, help="train plain and fused blocks on real images, and compare"
     )
-    commands.add_parser(
-        "bench", add_help=False, help="run the benchmarks; arguments are pytest's"
-    )
+    commands.add_parser("bench", add_help=False, help="run the benchmarks; arguments are pytest's")
     verify = commands.add_parser(
         "verify",
         help="compare a model with float64; exits with 1 when it is not exact enough",
@@ -99,7 +97,9 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"cannot verify {args.model}: {error}", file=sys.stderr)
         return USER_ERROR
     print(result.table(None if args.all else WORST))
-    print(f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}: {result.summary}")
+    print(
+        f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}: {result.summary}"
+    )
     return 0 if result.ok else 1
 
 
@@ -113,9 +113,7 @@ def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
     return torch.device(name)
 
 
-def _model_and_images(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[nn.Module, Tensor]:
+def _model_and_images(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The model with random parameters and statistics of its own, and images to run it on."""
     torch.manual_seed(args.seed)
     model = getattr(models, args.model)()

@@ -80,7 +80,44 @@ def bn_numbers(momentum: float | None, eps: float) -> None:
 def more_than_one_value(x: Tensor) -> None:
     # PyTorch's own type and wording (F.batch_norm).
     if x.shape[0] * x.shape[2:].numel() == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.size()}"
+        )
+
+
+def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
+    """The arguments that every batch norm function takes."""
+    floating("input", x)
+    at_least_2d("input", x)
+    bn_numbers(momentum, eps)
+    params = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    for name, p in params.items():
+        if p is not None:
+            floating(name, p)
+        per_channel(name, p, x.shape[1])
+        same_device(name, p, x)
+    if training:
+        more_than_one_value(x)
+    elif running_mean is None or running_var is None:
+        # PyTorch's own type and wording.
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False"
+        )
+
+
+def squeeze_excite(x, w1, b1, w2, b2, act, gate, post_act) -> tuple[Tensor, Tensor]:
+    """The arguments that every squeeze-excite function takes; returns w1 and w2 as matrices."""
+    channels = x.shape[1]
+    w1 = matrix("w1", w1, None, channels)
+    w2 = matrix("w2", w2, channels, w1.shape[0])
+    per_channel("b1", b1, w1.shape[0])
+    per_channel("b2", b2, channels)
+    for name, p in dict(w1=w1, b1=b1, w2=w2, b2=b2).items():
+        same_device(name, p, x)
+    activation("act", act)
+    activation("post_act", post_act)
+    one_of("gate", gate, reference.GATES)
+    return w1, w2
 
 
 def no_grad_wanted(op: str, **tensors: Tensor | None) -> None:

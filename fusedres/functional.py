@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .layout import dense, memory_format
+from .layout import dense, dense_like
 from .ops import bn_act, bn_se_act
 from .ops import conv_bn_act as conv_bn_act_op
 from .ops import residual_mix as residual_mix_op
@@ -31,34 +31,6 @@ __all__ = [
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _aligned(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    if residual is None or memory_format(residual) == memory_format(x) and residual.is_contiguous(
-        memory_format=memory_format(x)
-    ):
-        return residual
-    return residual.contiguous(memory_format=memory_format(x))
-
-
-def _check_bn(x, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    checks.floating("input", x)
-    checks.at_least_2d("input", x)
-    checks.bn_numbers(momentum, eps)
-    params = dict(
-        running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
-    for name, p in params.items():
-        if p is not None:
-            checks.floating(name, p)
-        checks.per_channel(name, p, x.shape[1])
-        checks.same_device(name, p, x)
-    if training:
-        checks.more_than_one_value(x)
-    elif running_mean is None or running_var is None:
-        raise RuntimeError(
-            "Expected running_mean and running_var to be defined when training=False"
-        )
 
 
 def batch_norm_act(
@@ -99,14 +71,14 @@ def batch_norm_act(
     Traffic: training reads input twice, residual once, writes once (eager: up to 8 passes).
     Source: Ioffe and Szegedy 2015, algorithm 1; ``reference.bn_act``.
     """
-    _check_bn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     checks.like("residual", residual, input)
     checks.activation("act", act)
     mean, var = (None, None) if training else (running_mean, running_var)
     x = dense(input)
     save_mask = bn_act.saves_mask(act, residual) and _wants_grad(input, weight, bias, residual)
     y, mean, var, _ = bn_act.op(
-        x, weight, bias, _aligned(residual, x), mean, var, training, eps, act, save_mask
+        x, weight, bias, dense_like(residual, x), mean, var, training, eps, act, save_mask
     )
     if training:
         update_running_stats(running_mean, running_var, mean, var, input, momentum)
@@ -187,20 +159,6 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _check_se(x, w1, b1, w2, b2, act, gate, post_act) -> tuple[Tensor, Tensor]:
-    channels = x.shape[1]
-    w1 = checks.matrix("w1", w1, None, channels)
-    w2 = checks.matrix("w2", w2, channels, w1.shape[0])
-    checks.per_channel("b1", b1, w1.shape[0])
-    checks.per_channel("b2", b2, channels)
-    for name, p in dict(w1=w1, b1=b1, w2=w2, b2=b2).items():
-        checks.same_device(name, p, x)
-    checks.activation("act", act)
-    checks.activation("post_act", post_act)
-    checks.one_of("gate", gate, reference.GATES)
-    return w1, w2
-
-
 def squeeze_excite(
     input: Tensor,
     w1: Tensor,
@@ -232,12 +190,14 @@ def squeeze_excite(
     checks.floating("input", input)
     if input.dim() < 3:
         raise ValueError(f"input: wanted at least 3 dimensions, got {tuple(input.shape)}")
-    w1, w2 = _check_se(input, w1, b1, w2, b2, act, gate, post_act)
+    w1, w2 = checks.squeeze_excite(input, w1, b1, w2, b2, act, gate, post_act)
     checks.like("residual", residual, input)
-    save_mask = bn_act.saves_mask(post_act, residual) and _wants_grad(input, w1, b1, w2, b2, residual)
+    save_mask = bn_act.saves_mask(post_act, residual) and _wants_grad(
+        input, w1, b1, w2, b2, residual
+    )
     x = dense(input)
     return squeeze_excite_op.op(
-        x, w1, b1, w2, b2, _aligned(residual, x), act, gate, post_act, save_mask
+        x, w1, b1, w2, b2, dense_like(residual, x), act, gate, post_act, save_mask
     )[0]
 
 
@@ -269,17 +229,17 @@ def batch_norm_se_act(
         squeeze follows from the sums that batch norm takes anyway (eager: up to 11 passes).
     Source: ``reference.bn_se_act``.
     """
-    _check_bn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.dim() < 3:
         raise ValueError(f"input: wanted at least 3 dimensions, got {tuple(input.shape)}")
-    w1, w2 = _check_se(input, w1, b1, w2, b2, se_act, gate, act)
+    w1, w2 = checks.squeeze_excite(input, w1, b1, w2, b2, se_act, gate, act)
     checks.like("residual", residual, input)
     mean, var = (None, None) if training else (running_mean, running_var)
     params = weight, bias, w1, b1, w2, b2
     save_mask = bn_act.saves_mask(act, residual) and _wants_grad(input, *params, residual)
     x = dense(input)
     y, mean, var, *_ = bn_se_act.op(
-        x, *params, _aligned(residual, x), mean, var, training, eps, se_act, gate, act, save_mask
+        x, *params, dense_like(residual, x), mean, var, training, eps, se_act, gate, act, save_mask
     )
     if training:
         update_running_stats(running_mean, running_var, mean, var, input, momentum)
@@ -327,5 +287,5 @@ def residual_mix(
     x = dense(branch)
     save_mask = act in reference.MASKED_ACTS and _wants_grad(branch, shortcut, gate)
     return residual_mix_op.op(
-        x, _aligned(shortcut, x), _aligned(gate, x), row_scale, alpha, beta, act, save_mask
+        x, dense_like(shortcut, x), dense_like(gate, x), row_scale, alpha, beta, act, save_mask
     )[0]

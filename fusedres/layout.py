@@ -31,6 +31,11 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous(memory_format=memory_format(x if like is None else like))
 
 
+def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """An optional second operand, dense in the format of ``x``."""
+    return None if t is None else dense(t, like=x)
+
+
 def rows_cols(x: Tensor) -> tuple[int, int]:
     """The shape of the matrix that a dense ``x [N, C, ...]`` is in memory."""
     channels, inner = x.shape[1], math.prod(x.shape[2:])

@@ -88,16 +88,13 @@ class ResNet(nn.Module):
                 conv1x1(self.inplanes, planes * block.expansion, stride),
                 self._norm_layer(planes * block.expansion),
             )
-        shared = dict(
-            groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer
-        )
+        shared = dict(groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer)
         layers = [
             block(self.inplanes, planes, stride, downsample, dilation=previous_dilation, **shared)
         ]
         self.inplanes = planes * block.expansion
         layers += [
-            block(self.inplanes, planes, dilation=self.dilation, **shared)
-            for _ in range(1, blocks)
+            block(self.inplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)
         ]
         return nn.Sequential(*layers)
 
@@ -137,9 +134,7 @@ resnet34 = _resnet("resnet34", BasicBlock, [3, 4, 6, 3])
 resnet50 = _resnet("resnet50", Bottleneck, [3, 4, 6, 3])
 resnet101 = _resnet("resnet101", Bottleneck, [3, 4, 23, 3])
 resnet152 = _resnet("resnet152", Bottleneck, [3, 8, 36, 3])
-resnext50_32x4d = _resnet(
-    "resnext50_32x4d", Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4
-)
+resnext50_32x4d = _resnet("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4)
 resnext101_32x8d = _resnet(
     "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=8
 )

@@ -41,7 +41,9 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and biased variance: ``x [N, C, ...] -> [C], [C]``."""
     dims = [d for d in range(x.dim()) if d != 1]
     if x.numel() == 0:  # var_mean would warn
-        return tuple(x.new_full((x.shape[1],), float("nan"), dtype=acc_dtype(x.dtype)) for _ in "mv")
+        return tuple(
+            x.new_full((x.shape[1],), float("nan"), dtype=acc_dtype(x.dtype)) for _ in "mv"
+        )
     var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), dims, correction=0)
     return mean, var
 

@@ -10,7 +10,7 @@ from .. import checks, dispatch, reference
 from .. import functional as F
 from ..running_stats import recomputing
 from .chain import add_act, chain
-from .recognise import se_of
+from .recognise import SE, hooked
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -150,14 +150,20 @@ class SqueezeExcite(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None
     ) -> Tensor:
         """``x`` and ``residual``: [N, C, H, W]; ``post_act``: a name, or None for none."""
-        reason = "FX tracing" if isinstance(x, torch.fx.Proxy) else se_of(self)
-        if isinstance(reason, str):
-            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", reason))
+        parts = "FX tracing" if isinstance(x, torch.fx.Proxy) else self.squeeze_excite_parts()
+        if isinstance(parts, str):
+            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", parts))
             return add_act(self._modules_only(x), residual, post_act)
         return F.squeeze_excite(
-            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
+            x, parts.w1, parts.b1, parts.w2, parts.b2,
             residual=residual, act=self.act, gate=self.gate, post_act=post_act or "identity",
         )  # fmt: skip
+
+    def squeeze_excite_parts(self) -> SE | str:
+        """What a fused tail needs of this module, or why it must run by itself."""
+        reason = hooked(self.fc1) or hooked(self.fc2)
+        fc1, fc2 = self.fc1, self.fc2
+        return reason or SE(fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act, self.gate)
 
     def _modules_only(self, x: Tensor) -> Tensor:
         squeezed = torch.nn.functional.adaptive_avg_pool2d(x, 1)

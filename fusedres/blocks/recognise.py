@@ -48,7 +48,6 @@ _ACTS: dict[type, str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
-_GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
 
 def hooked(module: nn.Module) -> str | None:
@@ -127,48 +126,10 @@ def act_of(act: nn.Module | str | None) -> str | None:
 
 
 def se_of(se: nn.Module) -> SE | str:
-    """The MLP of a squeeze-excite module: fusedres', torchvision's or timm's plain form."""
-    name = type(se).__name__
-    fc1, fc2 = getattr(se, "fc1", None), getattr(se, "fc2", None)
-    act = next((getattr(se, a) for a in ("activation", "act") if hasattr(se, a)), None)
-    gate = next((getattr(se, g) for g in ("scale_activation", "gate") if hasattr(se, g)), None)
-    if not (isinstance(fc1, nn.Conv2d) and isinstance(fc2, nn.Conv2d)) or gate is None:
-        return f"{name} is not a squeeze-excite of two 1x1 convolutions"
-    if type(se).__module__.partition(".")[0] not in ("fusedres", "torchvision", "timm"):
-        return f"{name} is not known"
-    if getattr(se, "add_maxpool", False) or not isinstance(
-        getattr(se, "bn", None), (nn.Identity, type(None))
-    ):
-        return f"{name} has a max-pool or a norm inside"
-    inner = [se, fc1, fc2, act, gate, getattr(se, "avgpool", None)]
-    for module in inner:
-        if isinstance(module, nn.Module) and (reason := hooked(module)) is not None:
-            return reason
-    for fc in (fc1, fc2):
-        if fc.kernel_size != (1, 1) or fc.groups != 1 or fc.stride != (1, 1):
-            return f"{name}: its layers are not plain 1x1 convolutions"
-    act_name = act_of(act)
-    gate_name = gate if isinstance(gate, str) else _gate_of(gate)
-    if act_name is None or gate_name is None:
-        return f"{name}: no fused form of {type(act).__name__} with {type(gate).__name__}"
-    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, act_name, gate_name)
-
-
-def _gate_of(gate: nn.Module) -> str | None:
-    if type(gate).__name__ in ("Sigmoid", "HardSigmoid"):  # timm has modules of its own for both
-        return {"Sigmoid": "sigmoid", "HardSigmoid": "hard_sigmoid"}[type(gate).__name__]
-    return _GATES.get(type(gate))
-
-
-def is_identity(module: nn.Module | None) -> bool:
-    """Whether a module does nothing in its present mode (drop path in eval, say)."""
-    if module is None or type(module) is nn.Identity:
-        return True
-    if hooked(module) is not None:
-        return False
-    rates = [getattr(module, a, None) for a in ("drop_prob", "p")]
-    rate = next((r for r in rates if isinstance(r, float | int)), None)
-    return rate is not None and (rate == 0 or not module.training)
+    """The MLP of a squeeze-excite module, which tells it by ``squeeze_excite_parts()``."""
+    if not hasattr(type(se), "squeeze_excite_parts"):
+        return f"{type(se).__name__} is not a squeeze-excite with a fused form"
+    return hooked(se) or se.squeeze_excite_parts()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -70,7 +70,7 @@ def tail(
 
 
 def _mlp_params(se: SE | None) -> tuple:
-    return (None,) * 4 if se is None else (se.w1, se.b1, se.w2, se.b2)
+    return (None,) * 4 if se is None else (se.w1.flatten(1), se.b1, se.w2.flatten(1), se.b2)
 
 
 def _graded(state: State) -> tuple[Tensor | None, ...]:

@@ -129,7 +129,9 @@ def bytes_moved(x, weight, bias, residual, mean, var, batch_stats, eps, act, sav
 
 def eager_bytes(x, weight, bias, residual, mean, var, batch_stats, eps, act, save_mask) -> int:
     """Eager PyTorch: statistics R, normalise RW, residual add RRW, activation RW."""
-    passes = 2 + (batch_stats and mean is None) + 3 * (residual is not None) + 2 * (act != "identity")
+    passes = (
+        2 + (batch_stats and mean is None) + 3 * (residual is not None) + 2 * (act != "identity")
+    )
     return passes * numel_bytes(x)
 
 

@@ -120,7 +120,9 @@ def bytes_moved(x, weight, bias, w1, b1, w2, b2, residual, *args) -> int:
 def eager_bytes(x, weight, bias, w1, b1, w2, b2, residual, mean, var, batch_stats, *args) -> int:
     """Eager: statistics R, normalise RW, mean R, scale RW, residual add RRW, activation RW."""
     act = args[-2]
-    passes = 5 + (batch_stats and mean is None) + 3 * (residual is not None) + 2 * (act != "identity")
+    passes = (
+        5 + (batch_stats and mean is None) + 3 * (residual is not None) + 2 * (act != "identity")
+    )
     return passes * numel_bytes(x) + mlp_bytes(x, w1)
 
 

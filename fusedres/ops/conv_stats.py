@@ -39,9 +39,7 @@ def prologue(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act):
     """``act(bn(x))``, or x itself where there is no batch norm before the convolution."""
     if mean is None:
         return x
-    return bn_act.op(
-        x, bn_weight, bn_bias, None, mean, var, batch_stats, eps, act, False
-    )[0]
+    return bn_act.op(x, bn_weight, bn_bias, None, mean, var, batch_stats, eps, act, False)[0]
 
 
 def _no_stats(x):

@@ -77,9 +77,7 @@ def conv_tail(x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, st
 def _forward(spec, x, *tensors):
     tail, geometry, rest, save_mask = spec
     bn, (weight, bias), norm, mlp, residual, stats = _split(tensors)
-    raw, *batch = conv_stats.op(
-        x, *bn, *rest, weight, bias, *geometry, tail.batch_stats
-    )
+    raw, *batch = conv_stats.op(x, *bn, *rest, weight, bias, *geometry, tail.batch_stats)
     stats = batch if tail.batch_stats else stats
     return tail_op(dense(raw), tail, norm, mlp, residual, stats, save_mask)
 

@@ -78,9 +78,7 @@ def _differentiable_backward(ctx, dy, inputs, row_scale, mask, needed):
 
     def fn(branch, shortcut, gate):
         act = ctx.act if bits is None else "identity"
-        y, _ = reference.residual_mix(
-            branch, shortcut, gate, row_scale, ctx.alpha, ctx.beta, act
-        )
+        y, _ = reference.residual_mix(branch, shortcut, gate, row_scale, ctx.alpha, ctx.beta, act)
         return y if bits is None else reference.masked_activation(y, ctx.act, bits)
 
     return vjp(fn, (branch, shortcut, gate), needed, dy)
