@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: each error names the argument, the wanted and the got."""
+"""Argument checks of the public functions: errors name the argument, the wanted and the got."""
 
 from __future__ import annotations
 

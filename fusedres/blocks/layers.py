@@ -70,7 +70,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class ConvBNAct2d(nn.Module):
-    """``act(bn(conv(x)) + residual)``: one call in inference, no BN or ReLU output kept in training.
+    """``act(bn(conv(x)) + residual)``: one call in inference, only raw results kept in training.
 
     Submodules ``conv`` (nn.Conv2d without bias) and ``bn`` (nn.BatchNorm2d).
 

@@ -138,7 +138,7 @@ def eager_bytes(x, weight, bias, residual, mean, var, batch_stats, eps, act, sav
 def backward_bytes_moved(
     dy, x, weight, bias, residual, mean, var, mask, batch_stats, eps, act, need_dresidual
 ) -> int:
-    """Reduce reads dy, x (and mask or residual); apply reads them again and writes dx, dresidual."""
+    """Reduce reads dy, x, mask or residual; apply reads them again, writes dx and dresidual."""
     passes = 5 + bool(need_dresidual) + 2 * (residual is not None)
     return passes * numel_bytes(x) + 2 * mask.numel()
 

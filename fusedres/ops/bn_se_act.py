@@ -8,7 +8,6 @@ The backward reduces (dy, x) to per-(n, c) sums once, from which batch norm's ow
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import reference
 from ..layout import dense, mask_shape, pack_mask, unpack_mask

@@ -83,7 +83,7 @@ def _backward(ctx, dy, *_):
 
 
 def backward(dy, inputs, bn, geometry, needed, h=None):
-    """Gradients for ``inputs = (x, bn_weight, bn_bias, weight, bias)``; h is act(bn(x)) if known."""
+    """Gradients of ``inputs = (x, bn_weight, bn_bias, weight, bias)``; h: act(bn(x)) if known."""
     x, bn_weight, bn_bias, weight, bias = inputs
     if h is None:
         h = prologue(x, bn_weight, bn_bias, *bn)

@@ -1,4 +1,4 @@
-"""Batch norm folded into convolution weights that oneDNN has laid out for this CPU, and their cache.
+"""Convolution weights with batch norm folded in, laid out by oneDNN for this CPU: the cache.
 
 An entry belongs to one weight tensor and lives as long as it does. It is used only while every
 tensor it was made from is the same object at the same version with the same fingerprint: a
