@@ -26,7 +26,11 @@ def update_running_stats(
     count = x.numel() // x.shape[1]
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
+            batch = batch.to(running.dtype)
+            if isinstance(momentum, Tensor):
+                running.mul_(1 - momentum).add_(batch * momentum)
+            else:
+                running.mul_(1 - momentum).add_(batch, alpha=momentum)
 
 
 def recomputing() -> bool:
