@@ -10,7 +10,9 @@ from .blocks import (
     SEBottleneck,
     SqueezeExcite,
 )
+from .convert import fuse, unfuse
 from .dispatch import backend, backends
+from .report import Explanation, Verification, explain, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,11 +20,17 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "Explanation",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
+    "Verification",
     "backend",
     "backends",
+    "explain",
     "functional",
+    "fuse",
     "models",
+    "unfuse",
+    "verify",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import dispatch
 from ..ops.convolution import Geometry
 
 
@@ -51,7 +52,11 @@ _ACTS: dict[type, str] = {
 
 
 def hooked(module: nn.Module) -> str | None:
-    """A reason when a fused call would leave out a hook of ``module``."""
+    """A reason when a fused call would leave out a hook of ``module``, or read it too often."""
+    if torch.nn.modules.module._has_any_global_hook() and not dispatch.observed():
+        return "global module hooks are set"
+    if "parametrizations" in module._modules:  # each read of a weight computes it anew
+        return f"{type(module).__name__} is parametrized"
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -95,7 +100,7 @@ def norm_of(norm: nn.Module) -> Norm | str:
     kind = type(norm)
     if (reason := hooked(norm)) is not None:
         return reason
-    if kind.__name__ == "FrozenBatchNorm2d" and hasattr(norm, "running_var"):  # torchvision's
+    if kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
         return Norm(
             norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, False
         )

@@ -1,0 +1,227 @@
+"""What the recipes' forwards are written in: a run of modules, and a residual block around one.
+
+A run is flattened and cut into segments (convolution, norm, squeeze-excite, activation) for
+``chain``; a module that belongs to no segment runs as itself, between two chains. So whatever a
+library puts into its block, the parts around it stay fused and the result stays the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, functional
+from ..blocks.chain import add_act, chain, shortcut
+from ..blocks.recognise import SE, hooked, se_of
+from ..running_stats import recomputing
+from .activations import act_name, gate_name
+from .recipe import recipe_of
+
+
+class Segment(NamedTuple):
+    """One link of a chain: ``act(se(norm(conv(x))))``."""
+
+    conv: nn.Module
+    norm: nn.Module
+    se: nn.Module | None = None
+    act: str | None = None
+
+
+def flat(modules: Iterable[nn.Module | None]) -> Iterator[nn.Module]:
+    """The modules in the order they run, sequential ones replaced by their members."""
+    for module in modules:
+        if module is None:
+            continue
+        recipe = recipe_of(module)
+        if recipe is not None and recipe.members is not None and hooked(module) is None:
+            yield from flat(recipe.members(module))
+        elif type(module) is not nn.Identity or hooked(module) is not None:
+            yield module
+
+
+def is_norm(module: nn.Module) -> bool:
+    # By name too: the frozen norms of torchvision, timm and others share no base class.
+    return isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__
+
+
+def has_se(step: Segment | nn.Module) -> bool:
+    """Whether a step is a squeeze-excite module that the fused op can compute."""
+    return isinstance(se_of(step), SE)
+
+
+def steps(modules: Iterable[nn.Module | None]) -> list[Segment | nn.Module]:
+    """Cuts a run into segments and the modules that belong to none."""
+    todo = list(flat(modules))
+    cut: list[Segment | nn.Module] = []
+    while todo:
+        module = todo.pop(0)
+        if not (isinstance(module, nn.Conv2d) and todo and is_norm(todo[0])):
+            cut.append(module)
+            continue
+        norm = todo.pop(0)
+        se = todo.pop(0) if todo and has_se(todo[0]) else None
+        act = act_name(todo[0]) if todo else None
+        if act is not None:
+            todo.pop(0)
+        cut.append(Segment(module, norm, se, act))
+    return cut
+
+
+def _advance(x: Tensor, todo: list[Segment | nn.Module]) -> tuple[Tensor, list[Segment]]:
+    """Runs all steps but the segments of the last chain, which the caller may still extend."""
+    pending: list[Segment] = []
+    for step in todo:
+        if not isinstance(step, Segment):
+            x, pending = step(_flush(x, pending)), []
+            continue
+        if pending and pending[-1].se is not None:  # chain takes a squeeze-excite only at its end
+            x, pending = _flush(x, pending), []
+        pending.append(step)
+    return x, pending
+
+
+def _flush(x: Tensor, pending: list[Segment], residual: Tensor | None = None) -> Tensor:
+    if not pending:
+        return x
+    triples = [(s.conv, s.norm, s.act) for s in pending]
+    return chain(x, *triples, residual=residual, se=pending[-1].se)
+
+
+def run(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
+    """Applies the modules one after the other, the convolution runs among them fused."""
+    return _flush(*_advance(x, steps(modules)))
+
+
+def pointwise_se(
+    fc1: nn.Module, act: nn.Module, fc2: nn.Module, gate: nn.Module, *others: nn.Module
+) -> SE | str:
+    """The squeeze-excite made of these layers, or the reason it is none for the fused op.
+
+    Args:
+        others: further modules that the peer calls and the fused op leaves out (the pooling).
+    """
+    for fc in (fc1, fc2):
+        if not _is_pointwise(fc):
+            return f"{type(fc).__name__} is not a plain 1x1 convolution"
+    for module in (fc1, fc2, *others):
+        if (reason := hooked(module)) is not None:
+            return reason
+    names = act_name(act), gate_name(gate)
+    if None in names:
+        return f"no fused form of {type(act).__name__} with {type(gate).__name__}"
+    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, *names)
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+    )
+
+
+def squeeze_excite_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a fused squeeze-excite module."""
+    return squeeze_excite(x, self) if has_se(self) and x.dim() == 4 else self.original_forward(x)
+
+
+def squeeze_excite(
+    x: Tensor, module: nn.Module, residual: Tensor | None = None, post_act: str | None = None
+) -> Tensor:
+    """``post_act(module(x) + residual)`` for a module that has a squeeze-excite."""
+    se = se_of(module)
+    return functional.squeeze_excite(
+        x, se.w1, se.b1, se.w2, se.b2,
+        residual=residual, act=se.act, gate=se.gate, post_act=post_act or "identity",
+    )  # fmt: skip
+
+
+def norm_act(norm: nn.BatchNorm2d, x: Tensor, act: str) -> Tensor:
+    """``act(bn(x))`` with the parameters, mode and running statistics of a batch norm module."""
+    counts = norm.training and norm.track_running_stats and not recomputing()
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if counts and norm.num_batches_tracked is not None and norm.momentum is None:
+        momentum = 1.0 / (norm.num_batches_tracked + 1).to(torch.float32)
+    running = norm.running_mean, norm.running_var
+    batch_stats = norm.training or running[0] is None
+    if norm.training and not norm.track_running_stats:
+        running = None, None
+    y = functional.batch_norm_act(
+        x, *running, norm.weight, norm.bias, batch_stats, momentum, norm.eps, act=act
+    )
+    if counts and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
+def residual_block(
+    x: Tensor,
+    body: Iterable[nn.Module | None],
+    *,
+    skip: nn.Module | None,
+    act: nn.Module,
+    row_scale: Callable[[Tensor], Tensor] | None = None,
+    promotes: bool = False,
+) -> Tensor:
+    """``act(row_scale * body(x) + skip(x))``, the end of it in one pass where that is possible.
+
+    Args:
+        row_scale: draws stochastic depth's ``[N]`` factors for the branch it is given.
+        promotes: whether the peer adds as ``a + b``; most add into the branch, in its dtype.
+    """
+    identity, name = shortcut(x, skip), act_name(act)
+    todo = steps(body)
+    _tell_unfused([*todo, *([act] if name is None else [])])
+    if row_scale is not None:
+        x = _add_scaled(_flush(*_advance(x, todo)), identity, row_scale, name)
+    elif promotes and _autocast_dtype(x) != identity.dtype:
+        x = _flush(*_advance(x, todo))
+        x = add_act(x.to(torch.promote_types(x.dtype, identity.dtype)), identity, name)
+    else:
+        x = _add(x, todo, identity, name)
+    return x if name is not None else act(x)
+
+
+def _add(x: Tensor, todo: list[Segment | nn.Module], identity: Tensor, act: str | None) -> Tensor:
+    """``act(todo(x) + identity)``."""
+    se = todo.pop() if has_se(todo[-1]) else None
+    x, pending = _advance(x, todo)
+    if se is None and pending and pending[-1].act is None:
+        pending[-1] = pending[-1]._replace(act=act)
+        return _flush(x, pending, identity)
+    x = _flush(x, pending)
+    if se is not None and identity.shape == x.shape:
+        return squeeze_excite(x, se, identity.to(x.dtype), act)
+    return add_act(x if se is None else se(x), identity, act)
+
+
+def _add_scaled(
+    x: Tensor, identity: Tensor, row_scale: Callable[[Tensor], Tensor], act: str | None
+) -> Tensor:
+    """``act(row_scale * x + identity)``."""
+    scale = row_scale(x)
+    if identity.shape != x.shape:  # PyTorch broadcasts
+        return add_act(x * scale.to(x.dtype).view(-1, 1, 1, 1), identity, act)
+    identity = identity.to(x.dtype)
+    return functional.residual_mix(x, identity, row_scale=scale, act=act or "identity")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a convolution of ``x``."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _tell_unfused(todo: Iterable[Segment | nn.Module]) -> None:
+    """Let ``explain`` know of the modules that split a block."""
+    for step in todo:
+        if not isinstance(step, Segment) and recipe_of(step) is None and not has_se(step):
+            name = type(step).__name__
+            why = "has no fused form" if act_name(step) is None else "follows no norm"
+            reason = hooked(step) or f"{name} {why}"
+            dispatch.notify(dispatch.Event(name, "unfused", reason))

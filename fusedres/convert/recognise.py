@@ -1,0 +1,52 @@
+"""Which modules can be exchanged: the recipes of every library, and the search among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from . import huggingface, plain, sequential, timm, torchvision
+from .recipe import Recipe, recipe_of
+
+FUSING: tuple[Recipe, ...] = (
+    *torchvision.RECIPES,
+    *timm.RECIPES,
+    *huggingface.RECIPES,
+    *sequential.RECIPES,
+)
+UNFUSING: tuple[Recipe, ...] = plain.RECIPES
+
+
+def fusing_recipe(module: nn.Module) -> Recipe | None:
+    """The recipe by which ``fuse`` would run a module of another library, or None."""
+    return _find(module, FUSING)
+
+
+def unfusing_recipe(module: nn.Module) -> Recipe | None:
+    """The recipe by which ``unfuse`` would run a module of this library, or None."""
+    return _find(module, UNFUSING)
+
+
+def recipe_for_class(kind: type) -> Recipe | None:
+    """The recipe that replaces the forward of ``kind``, or None."""
+    return next((recipe for recipe in (*FUSING, *UNFUSING) if recipe.replaces(kind)), None)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module runs on fused ops: since ``fuse``, or as one of this library's own."""
+    return recipe_of(module) in FUSING or unfusing_recipe(module) is not None
+
+
+def kinds(model: nn.Module) -> str:
+    """What a model is made of, for an error message: ``"2 Linear, ReLU"``."""
+    leaves = [type(m).__name__ for m in model.modules() if not any(m.children())]
+    counts = Counter(leaves).most_common()
+    return ", ".join(name if n == 1 else f"{n} {name}" for name, n in counts)
+
+
+def _find(module: nn.Module, recipes: tuple[Recipe, ...]) -> Recipe | None:
+    if recipe_of(module) is not None:
+        return None
+    recipe = next((r for r in recipes if r.replaces(type(module))), None)
+    return recipe if recipe is not None and recipe.accepts(module) else None

@@ -1,0 +1,5 @@
+"""``python -m fusedres demo``."""
+
+from .run import main
+
+__all__ = ["main"]

@@ -1,0 +1,70 @@
+"""Counts kernels and memory traffic of one training step, plain or fused, with one ruler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import dispatch
+
+# Batch norm reads its arguments once for the sums and once more to apply them: in training x, and
+# in the backward dy and x.
+_READ_AGAIN = {"native_batch_norm": 1, "cudnn_batch_norm": 1, "_batch_norm_with_update": 1}
+_READ_AGAIN |= {"native_batch_norm_backward": 2, "cudnn_batch_norm_backward": 2}
+
+
+@dataclass
+class Traffic:
+    """Kernels that read or write an activation, and the bytes of activations they move."""
+
+    kernels: int = 0
+    bytes: int = 0
+
+
+class _Counter(TorchDispatchMode):
+    """Hears PyTorch's own operators; the library's report themselves (``dispatch.observe``)."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        self.total = Traffic()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        op = func.overloadpacket.__name__
+        if func.namespace == "aten" and not func.is_view and not op.startswith(("empty", "new_")):
+            moved = [t for t in tree_leaves((args, kwargs, out)) if self._is_activation(t)]
+            if moved:
+                again = _READ_AGAIN.get(op, 0) * max(_bytes(t) for t in moved)
+                self.add(1, sum(map(_bytes, moved)) + again)
+        return out
+
+    def _is_activation(self, t: object) -> bool:
+        whole = isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == self.batch
+        return whole and t.shape[2] * t.shape[3] > 1
+
+    def add(self, kernels: int, moved: int) -> None:
+        self.total.kernels += kernels
+        self.total.bytes += moved
+
+    def hear(self, event: dispatch.Event) -> None:
+        # An unfused module is an event too; its operators have been heard one by one.
+        if event.backend != "unfused":
+            self.add(event.launches, event.bytes_moved)
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def training_traffic(model: nn.Module, x: Tensor, y: Tensor) -> Traffic:
+    """Forward and backward of one step; the weights' own traffic and the optimiser are left out."""
+    counter = _Counter(x.shape[0])
+    with dispatch.observe(counter.hear), counter:
+        F.cross_entropy(model(x), y).backward()
+    model.zero_grad()
+    return counter.total
