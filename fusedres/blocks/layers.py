@@ -13,6 +13,27 @@ from .chain import add_act, chain
 from .recognise import SE, hooked
 
 
+def batch_norm_act(norm: _BatchNorm, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """``act(bn(x) + residual)`` with a batch norm module's parameters, mode and statistics."""
+    has_stats = norm.running_mean is not None and norm.running_var is not None
+    training = norm.training or not has_stats
+    counts = norm.training and norm.track_running_stats and not recomputing()
+    counts = counts and norm.num_batches_tracked is not None
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if counts and norm.momentum is None:  # cumulative average
+        momentum = 1.0 / (norm.num_batches_tracked + 1).to(torch.float32)
+    running = norm.running_mean, norm.running_var
+    if norm.training and not norm.track_running_stats:
+        running = None, None
+    y = F.batch_norm_act(
+        x, *running, norm.weight, norm.bias, training, momentum, norm.eps,
+        residual=residual, act=act,
+    )  # fmt: skip
+    if counts:
+        norm.num_batches_tracked.add_(1)  # last: an error above leaves it as it was
+    return y
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """``act(bn(x) + residual)``: nn.BatchNorm2d with its successor's work done in the same pass.
 
@@ -50,20 +71,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if isinstance(x, torch.fx.Proxy):
             return add_act(_BatchNorm.forward(self, x), residual, self.act)
         self._check_input_dim(x)
-        has_stats = self.running_mean is not None and self.running_var is not None
-        training = self.training or not has_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
-        counts = self.training and self.track_running_stats and not recomputing()
-        if counts and self.num_batches_tracked is not None and self.momentum is None:
-            momentum = 1.0 / (self.num_batches_tracked + 1).to(torch.float32)
-        updated = not self.training or self.track_running_stats
-        y = F.batch_norm_act(
-            x, self.running_mean if updated else None, self.running_var if updated else None,
-            self.weight, self.bias, training, momentum, self.eps, residual=residual, act=self.act,
-        )  # fmt: skip
-        if counts and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)  # last: an error above leaves it as it was
-        return y
+        return batch_norm_act(self, x, residual, self.act)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import dispatch, functional
 from ..blocks.chain import add_act, chain, shortcut
 from ..blocks.recognise import SE, hooked, se_of
-from ..running_stats import recomputing
 from .activations import act_name, gate_name
 from .recipe import recipe_of
 
@@ -138,24 +137,6 @@ def squeeze_excite(
         x, se.w1, se.b1, se.w2, se.b2,
         residual=residual, act=se.act, gate=se.gate, post_act=post_act or "identity",
     )  # fmt: skip
-
-
-def norm_act(norm: nn.BatchNorm2d, x: Tensor, act: str) -> Tensor:
-    """``act(bn(x))`` with the parameters, mode and running statistics of a batch norm module."""
-    counts = norm.training and norm.track_running_stats and not recomputing()
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if counts and norm.num_batches_tracked is not None and norm.momentum is None:
-        momentum = 1.0 / (norm.num_batches_tracked + 1).to(torch.float32)
-    running = norm.running_mean, norm.running_var
-    batch_stats = norm.training or running[0] is None
-    if norm.training and not norm.track_running_stats:
-        running = None, None
-    y = functional.batch_norm_act(
-        x, *running, norm.weight, norm.bias, batch_stats, momentum, norm.eps, act=act
-    )
-    if counts and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return y
 
 
 def residual_block(

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..blocks import layers
 from ..blocks.recognise import SE, hooked
 from .activations import act_name
-from .forwards import norm_act, pointwise_se, residual_block, run, squeeze_excite_forward
+from .forwards import pointwise_se, residual_block, run, squeeze_excite_forward
 from .recipe import Recipe
 
 
@@ -77,7 +78,7 @@ def batch_norm_act(self: nn.Module, x: Tensor) -> Tensor:
     act = act_name(self.act)
     if act is None or act_name(self.drop) != "identity" or x.dim() != 4:
         return self.original_forward(x)
-    return norm_act(self, x, act)
+    return layers.batch_norm_act(self, x, None, act)
 
 
 def _residual_block(

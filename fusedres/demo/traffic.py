@@ -52,8 +52,8 @@ class _Counter(TorchDispatchMode):
         self.total.bytes += moved
 
     def hear(self, event: dispatch.Event) -> None:
-        # An unfused module is an event too; its operators have been heard one by one.
-        if event.backend != "unfused":
+        # What runs as several of PyTorch's operators has been heard one by one.
+        if event.backend in ("native", "triton") and event.op not in dispatch.COMPOSED:
             self.add(event.launches, event.bytes_moved)
 
 
