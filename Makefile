@@ -16,6 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 LIBRARY := fusedres/_C.so
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -33,6 +34,7 @@ STAMPS := $(VENV)/stamps
 BUILD_READY := $(STAMPS)/editable
 DEMO_READY := $(STAMPS)/demo
 TEST_READY := $(STAMPS)/test
+BENCH_READY := $(STAMPS)/bench
 LINT_READY := $(STAMPS)/lint
 endif
 
@@ -63,7 +65,7 @@ format: $(LINT_READY) ## rewrite the sources in the house style
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
 
-bench: build $(TEST_READY) ## run the benchmarks
+bench: build $(BENCH_READY) ## run the benchmarks
 	$(PY) -m fusedres bench $(ARGS)
 
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++
@@ -106,6 +108,10 @@ $(STAMPS)/demo: requirements/demo.txt $(STAMPS)/build
 $(STAMPS)/test: requirements/test.txt requirements/test-no-deps.txt $(STAMPS)/demo
 	$(PIP) install -r requirements/test.txt
 	$(PIP) install --no-deps -r requirements/test-no-deps.txt
+	touch $@
+
+$(STAMPS)/bench: requirements/bench.txt $(STAMPS)/test
+	$(PIP) install -r requirements/bench.txt
 	touch $@
 
 $(STAMPS)/lint: requirements/lint.txt | $(PY)

@@ -103,7 +103,8 @@ FUSEDRES_HD V gate_backward(Gate gate, V z, V dgate) {
   return select(z <= V(-3), V(0), select(z >= V(3), V(0), dgate / V(6)));
 }
 
-// 1 / sqrt(var + eps), evaluated in double and rounded once: forward and backward get the same bits.
+// 1 / sqrt(var + eps), evaluated in double and rounded once: forward and backward get the same
+// bits.
 template <typename acc_t>
 FUSEDRES_HD acc_t bn_rstd(acc_t var, double eps) {
   return static_cast<acc_t>(1.0 / FUSEDRES_LIBM(sqrt)(static_cast<double>(var) + eps));

@@ -15,8 +15,8 @@ Tensors4 forward(const View& v, const Tensor& x, const OptTensor& weight, const 
   const void* residual_data = data_like(v, x, "residual", residual);
   bn_statistics<acc_t>(v, x, mean_in, var_in, batch_stats, nullptr, acc_data<acc_t>(mean),
                        acc_data<acc_t>(var));
-  const auto k = bn_coefficients<acc_t>(v, weight, bias, acc_data<acc_t>(mean),
-                                        acc_data<acc_t>(var), eps);
+  const auto k =
+      bn_coefficients<acc_t>(v, weight, bias, acc_data<acc_t>(mean), acc_data<acc_t>(var), eps);
   StreamParams p = stream_params(v, apply_plan(v, false, save_mask), false);
   p.x = x.const_data_ptr();
   p.residual = residual_data;

@@ -41,9 +41,8 @@ struct BnCoefficients {
 };
 
 template <typename acc_t>
-BnCoefficients<acc_t> bn_coefficients(const View& v, const OptTensor& weight,
-                                      const OptTensor& bias, const acc_t* mean, const acc_t* var,
-                                      double eps) {
+BnCoefficients<acc_t> bn_coefficients(const View& v, const OptTensor& weight, const OptTensor& bias,
+                                      const acc_t* mean, const acc_t* var, double eps) {
   BnCoefficients<acc_t> k;
   k.scale = read_parameter<acc_t>(v.op, "weight", weight, {v.c}, acc_t(1));
   k.bias = read_parameter<acc_t>(v.op, "bias", bias, {v.c}, acc_t(0));

@@ -58,10 +58,9 @@ Tensors7 forward(const View& v, const Tensor& x, const OptTensor& weight, const 
   std::copy(stats.first.begin(), stats.first.end(), acc_data<acc_t>(squeezed));
   bn_statistics<acc_t>(v, x, mean_in, var_in, batch_stats, &stats, acc_data<acc_t>(mean),
                        acc_data<acc_t>(var));
-  GatedBn<acc_t> k(v,
-                   bn_coefficients<acc_t>(v, weight, bias, acc_data<acc_t>(mean),
-                                          acc_data<acc_t>(var), eps),
-                   acc_data<acc_t>(squeezed));
+  GatedBn<acc_t> k(
+      v, bn_coefficients<acc_t>(v, weight, bias, acc_data<acc_t>(mean), acc_data<acc_t>(var), eps),
+      acc_data<acc_t>(squeezed));
   se_mlp_forward<acc_t>(v, k.pooled.data(), w, b1, b2, se_act, acc_data<acc_t>(hidden),
                         acc_data<acc_t>(logits));
   k.set_gate(v, gate, acc_data<acc_t>(logits));
@@ -121,8 +120,8 @@ Tensors8 backward(const View& v, const Tensor& dy, const Tensor& x, const OptTen
                   const OptTensor& bias, const Tensor& w1, const Tensor& w2,
                   const OptTensor& residual, const Tensor& mean_in, const Tensor& var_in,
                   const Tensor& squeezed_in, const Tensor& hidden, const Tensor& logits_in,
-                  const Tensor& mask, bool batch_stats, double eps, Act se_act, Gate gate,
-                  Act act, bool need_dresidual) {
+                  const Tensor& mask, bool batch_stats, double eps, Act se_act, Gate gate, Act act,
+                  bool need_dresidual) {
   const SeWeights<acc_t> w(v, w1, w2);
   const SeGradients out(v, x, w.r);
   Tensor dx = torch::stable::empty_like(x);
@@ -151,9 +150,8 @@ Tensors8 backward(const View& v, const Tensor& dy, const Tensor& x, const OptTen
     const double dgate = k.bn.scale[c] * sums.second[i] + k.bn.bias[c] * sums.first[i];
     dlogits[i] = gate_backward(gate, logits[i], static_cast<acc_t>(dgate));
   }
-  const auto dpooled =
-      se_mlp_backward<acc_t>(v, dlogits, k.pooled.data(),
-                             saved_data<acc_t>(v, "hidden", hidden, w.r), w, se_act, out);
+  const auto dpooled = se_mlp_backward<acc_t>(
+      v, dlogits, k.pooled.data(), saved_data<acc_t>(v, "hidden", hidden, w.r), w, se_act, out);
   Coefficients<acc_t> dz(v, k, sums, dpooled, squeezed, acc_data<acc_t>(dweight),
                          acc_data<acc_t>(dbias));
   if (!batch_stats) dz.set_fixed_statistics(v, k, dpooled);
@@ -183,10 +181,10 @@ Tensors7 bn_se_act(Tensor x, OptTensor weight, OptTensor bias, Tensor w1, OptTen
 }
 
 Tensors8 bn_se_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bias, Tensor w1,
-                            Tensor w2, OptTensor residual, Tensor mean, Tensor var,
-                            Tensor squeezed, Tensor hidden, Tensor logits, Tensor mask,
-                            bool batch_stats, double eps, std::string se_act, std::string gate,
-                            std::string act, bool need_dresidual) {
+                            Tensor w2, OptTensor residual, Tensor mean, Tensor var, Tensor squeezed,
+                            Tensor hidden, Tensor logits, Tensor mask, bool batch_stats, double eps,
+                            std::string se_act, std::string gate, std::string act,
+                            bool need_dresidual) {
   const View v = view_of("bn_se_act_backward", x);
   const auto run = v.dtype == kFloat64 ? backward<double> : backward<float>;
   return run(v, dy, x, weight, bias, w1, w2, residual, mean, var, squeezed, hidden, logits, mask,

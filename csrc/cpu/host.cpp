@@ -68,10 +68,12 @@ const void* data_like(const View& v, const Tensor& x, const char* name, const Te
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), v.op, ": ", name, " must have the dtype ",
                   torch::headeronly::toString(x.scalar_type()), " of x, got ",
                   torch::headeronly::toString(t.scalar_type()));
-  const bool laid_out = v.planar || v.hw == 1 ? t.is_contiguous() || (v.hw == 1 && is_channels_last(t))
-                                              : is_channels_last(t);
-  STD_TORCH_CHECK(laid_out || v.numel() == 0, v.op, ": ", name, " must have the memory layout of x (",
-                  v.planar ? "contiguous" : "channels_last", ")");
+  const bool laid_out = v.planar || v.hw == 1
+                            ? t.is_contiguous() || (v.hw == 1 && is_channels_last(t))
+                            : is_channels_last(t);
+  STD_TORCH_CHECK(laid_out || v.numel() == 0, v.op, ": ", name,
+                  " must have the memory layout of x (", v.planar ? "contiguous" : "channels_last",
+                  ")");
   return t.const_data_ptr();
 }
 

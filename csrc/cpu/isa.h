@@ -24,8 +24,8 @@ constexpr int64_t kPad = 16;           // readable elements behind every coeffic
 struct Plan {
   int64_t groups, rows, cols;
   int64_t pack;
-  int64_t tile_rows, tiles;        // tiles of a group, top to bottom
-  int64_t col_block, col_blocks;   // blocks of a tile, left to right; 1 when pack > 1
+  int64_t tile_rows, tiles;       // tiles of a group, top to bottom
+  int64_t col_block, col_blocks;  // blocks of a tile, left to right; 1 when pack > 1
   int64_t items() const { return groups * tiles * col_blocks; }
 };
 
@@ -36,25 +36,25 @@ enum FwdAct : int { kFwdIdentity, kFwdRelu, kFwdAny, kFwdActs };
 // Arguments of the streaming kernels. acc_t is float, or double for float64 tensors.
 struct StreamParams {
   Plan plan;
-  const void* x;                   // scalar_t, in the plan's order, like every tensor here
+  const void* x;  // scalar_t, in the plan's order, like every tensor here
   const void* dy;
-  const void* residual;            // or null
-  void* out;                       // y or dx
-  void* dresidual;                 // or null
-  const uint8_t* mask_in;          // or null
-  uint8_t* mask_out;               // or null
-  int64_t mask_row_bytes;          // bytes of a mask row, and of a packed row when pack > 1
+  const void* residual;    // or null
+  void* out;               // y or dx
+  void* dresidual;         // or null
+  const uint8_t* mask_in;  // or null
+  uint8_t* mask_out;       // or null
+  int64_t mask_row_bytes;  // bytes of a mask row, and of a packed row when pack > 1
   int64_t mask_group_bytes;
-  const void* center;              // acc_t [center_groups, cols]: z = (x - center) * scale + bias
-  const void* scale;               // acc_t [coef_groups, cols], like bias, p, q, r
+  const void* center;  // acc_t [center_groups, cols]: z = (x - center) * scale + bias
+  const void* scale;   // acc_t [coef_groups, cols], like bias, p, q, r
   const void* bias;
-  const void* p;                   // dx = p * u + q * (x - center) + r; q is null when it is zero
+  const void* p;  // dx = p * u + q * (x - center) + r; q is null when it is zero
   const void* q;
   const void* r;
   int64_t center_groups, coef_groups;  // group g reads set g % groups
   Act act;
-  double* partial1;                // [groups, tiles, cols]: mean, or sum of u
-  double* partial2;                // squared deviations, or sum of u * (x - center)
+  double* partial1;  // [groups, tiles, cols]: mean, or sum of u
+  double* partial2;  // squared deviations, or sum of u * (x - center)
 };
 
 // Arguments of residual_mix: per image, `rows` rows of row_len elements, the last one shorter.
@@ -65,7 +65,7 @@ struct MixParams {
   void *y, *dbranch, *dshortcut, *dgate;
   const uint8_t* mask_in;
   uint8_t* mask_out;
-  const void* alpha;               // acc_t [images]: alpha * row_scale[n]
+  const void* alpha;  // acc_t [images]: alpha * row_scale[n]
   double beta;
   Act act;
 };
@@ -83,7 +83,7 @@ using MatmulFn = void (*)(const MatmulParams&, int64_t begin, int64_t end);
 using ConvertFn = void (*)(const void* from, void* to, int64_t n);
 
 struct KernelTable {
-  int id;  // 0 portable, 1 avx2, 2 avx512
+  int id;                      // 0 portable, 1 avx2, 2 avx512
   StreamFn stats[kDtypes][2];  // [0] mean only, [1] mean and squared deviations
   StreamFn fwd_apply[kDtypes][kFwdActs];
   StreamFn bwd_reduce[kDtypes][kUModes];

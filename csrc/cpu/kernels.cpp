@@ -28,14 +28,14 @@ void to_acc_kernel(const void* from, void* to, int64_t n) {
 
 #define FR_DTYPES(entry) {entry(float), entry(double), entry(BFloat16), entry(Half)}
 #define FR_STATS(T) {affine_fwd_stats_kernel<T, false>, affine_fwd_stats_kernel<T, true>}
-#define FR_FWD(T)                                                                    \
+#define FR_FWD(T)                                                                  \
   {affine_fwd_apply_kernel<T, kFwdIdentity>, affine_fwd_apply_kernel<T, kFwdRelu>, \
    affine_fwd_apply_kernel<T, kFwdAny>}
-#define FR_REDUCE(T)                                                                   \
-  {affine_bwd_reduce_kernel<T, kUIdentity>, affine_bwd_reduce_kernel<T, kUMask>,       \
+#define FR_REDUCE(T)                                                             \
+  {affine_bwd_reduce_kernel<T, kUIdentity>, affine_bwd_reduce_kernel<T, kUMask>, \
    affine_bwd_reduce_kernel<T, kURelu>, affine_bwd_reduce_kernel<T, kUAny>}
-#define FR_APPLY(T)                                                                \
-  {affine_bwd_apply_kernel<T, kUIdentity>, affine_bwd_apply_kernel<T, kUMask>,     \
+#define FR_APPLY(T)                                                            \
+  {affine_bwd_apply_kernel<T, kUIdentity>, affine_bwd_apply_kernel<T, kUMask>, \
    affine_bwd_apply_kernel<T, kURelu>, affine_bwd_apply_kernel<T, kUAny>}
 #define FR_MIX_FWD(T) residual_mix_fwd_kernel<T>
 #define FR_MIX_BWD(T) residual_mix_bwd_kernel<T>

@@ -52,7 +52,10 @@ FR_INLINE void mix_fwd_vector(const MixParams& a, int64_t i, int64_t mask, int n
     if (a.act == Act::kRelu6) bits &= ~mask_to_bits(z >= V(6));
     store_bits<kPartial>(a.mask_out + mask, bits, n);
   }
-  store_n<kPartial>(static_cast<T*>(a.y) + i, act_forward(a.act, z), n);
+  const V y = a.act == Act::kIdentity ? z
+              : a.act == Act::kRelu   ? act_forward(Act::kRelu, z)
+                                      : any_act_forward(a.act, z);
+  store_n<kPartial>(static_cast<T*>(a.y) + i, y, n);
 }
 
 // Computes: y = act(alpha[n] * branch + beta * shortcut), or with a gate
@@ -61,14 +64,17 @@ FR_INLINE void mix_fwd_vector(const MixParams& a, int64_t i, int64_t mask, int n
 // Writes:   y [N, C, H, W] once; mask once, if wanted
 // Traffic:  (3 + has_gate)*N*C*H*W*sizeof(scalar_t) (+ N*C*H*W/8) bytes; eager moves 8, or 16
 //           with a gate
-// Split:    one item = some rows of one image; 16 lanes, acc_t arithmetic, one rounding at the store
+// Split:    one item = some rows of one image; 16 lanes, acc_t arithmetic, one rounding at the
+// store
 template <typename T>
 void residual_mix_fwd_kernel(const MixParams& params, int64_t begin, int64_t end) {
   const MixParams a = params;  // a local copy: stores cannot alias it
   for_each_mix_vector(
       a, begin, end,
-      [&](int64_t i, int64_t m, int n, int64_t g) FR_INLINE_LAMBDA { mix_fwd_vector<T, false>(a, i, m, n, g); },
-      [&](int64_t i, int64_t m, int n, int64_t g) FR_INLINE_LAMBDA { mix_fwd_vector<T, true>(a, i, m, n, g); });
+      [&](int64_t i, int64_t m, int n, int64_t g)
+          FR_INLINE_LAMBDA { mix_fwd_vector<T, false>(a, i, m, n, g); },
+      [&](int64_t i, int64_t m, int n, int64_t g)
+          FR_INLINE_LAMBDA { mix_fwd_vector<T, true>(a, i, m, n, g); });
 }
 
 template <typename T, bool kPartial>
@@ -83,7 +89,7 @@ FR_INLINE void mix_bwd_vector(const MixParams& a, int64_t i, int64_t mask, int n
     const V closed = a.act == Act::kLeakyRelu ? dy * V(kLeakySlope) : V(0);
     u = select(mask_from_bits<S>(load_bits<kPartial>(a.mask_in + mask, n)), dy, closed);
   } else if (a.act != Act::kIdentity) {
-    u = act_backward(a.act, mixed<T, kPartial>(a, alpha, i, n), dy);
+    u = any_act_backward(a.act, mixed<T, kPartial>(a, alpha, i, n), dy);
   }
   V dbranch = alpha * u;
   V dshortcut = beta * u;
@@ -104,14 +110,17 @@ FR_INLINE void mix_bwd_vector(const MixParams& a, int64_t i, int64_t mask, int n
 // Reads:    dy once, and the mask; with a gate or a recomputed z: gate, branch, shortcut once
 // Writes:   dbranch, dshortcut, dgate [N, C, H, W] once each
 // Traffic:  3*N*C*H*W*sizeof(scalar_t) + N*C*H*W/8 bytes, 7 tensors with a gate
-// Split:    one item = some rows of one image; 16 lanes, acc_t arithmetic, one rounding at the store
+// Split:    one item = some rows of one image; 16 lanes, acc_t arithmetic, one rounding at the
+// store
 template <typename T>
 void residual_mix_bwd_kernel(const MixParams& params, int64_t begin, int64_t end) {
   const MixParams a = params;  // a local copy: stores cannot alias it
   for_each_mix_vector(
       a, begin, end,
-      [&](int64_t i, int64_t m, int n, int64_t g) FR_INLINE_LAMBDA { mix_bwd_vector<T, false>(a, i, m, n, g); },
-      [&](int64_t i, int64_t m, int n, int64_t g) FR_INLINE_LAMBDA { mix_bwd_vector<T, true>(a, i, m, n, g); });
+      [&](int64_t i, int64_t m, int n, int64_t g)
+          FR_INLINE_LAMBDA { mix_bwd_vector<T, false>(a, i, m, n, g); },
+      [&](int64_t i, int64_t m, int n, int64_t g)
+          FR_INLINE_LAMBDA { mix_bwd_vector<T, true>(a, i, m, n, g); });
 }
 
 }  // namespace FUSEDRES_ISA

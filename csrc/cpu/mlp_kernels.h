@@ -32,7 +32,8 @@ FR_INLINE void dot_rows(const MatmulParams& p, int64_t o, int64_t n0) {
     }
     for (int i = 0; i < kCount; ++i) total[i] += sum_lanes(acc[i]);
   }
-  const double bias = p.bias == nullptr ? 0.0 : static_cast<double>(static_cast<const S*>(p.bias)[o]);
+  const double bias =
+      p.bias == nullptr ? 0.0 : static_cast<double>(static_cast<const S*>(p.bias)[o]);
   S* out = static_cast<S*>(p.out) + n0 * p.o + o;
   for (int i = 0; i < kCount; ++i) out[i * p.o] = static_cast<S>(total[i] + bias);
 }

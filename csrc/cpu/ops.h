@@ -21,8 +21,8 @@ Tensors4 bn_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bias, 
                          std::string act, bool need_dresidual);
 
 Tensors5 squeeze_excite(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2,
-                        OptTensor residual, std::string act, std::string gate,
-                        std::string post_act, bool save_mask);
+                        OptTensor residual, std::string act, std::string gate, std::string post_act,
+                        bool save_mask);
 Tensors6 squeeze_excite_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, OptTensor residual,
                                  Tensor squeezed, Tensor hidden, Tensor logits, Tensor mask,
                                  std::string act, std::string gate, std::string post_act,
@@ -33,10 +33,10 @@ Tensors7 bn_se_act(Tensor x, OptTensor weight, OptTensor bias, Tensor w1, OptTen
                    bool batch_stats, double eps, std::string se_act, std::string gate,
                    std::string act, bool save_mask);
 Tensors8 bn_se_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bias, Tensor w1,
-                            Tensor w2, OptTensor residual, Tensor mean, Tensor var,
-                            Tensor squeezed, Tensor hidden, Tensor logits, Tensor mask,
-                            bool batch_stats, double eps, std::string se_act, std::string gate,
-                            std::string act, bool need_dresidual);
+                            Tensor w2, OptTensor residual, Tensor mean, Tensor var, Tensor squeezed,
+                            Tensor hidden, Tensor logits, Tensor mask, bool batch_stats, double eps,
+                            std::string se_act, std::string gate, std::string act,
+                            bool need_dresidual);
 
 Tensors2 residual_mix(Tensor branch, Tensor shortcut, OptTensor gate, OptTensor row_scale,
                       double alpha, double beta, std::string act, bool save_mask);

@@ -7,8 +7,8 @@
 namespace fusedres {
 namespace {
 
-constexpr int64_t kLanes = 16;         // of every instruction set, see simd.h
-constexpr int64_t kPackedColumns = 512;  // enough work a row, and accumulators that stay in L1
+constexpr int64_t kLanes = 16;             // of every instruction set, see simd.h
+constexpr int64_t kPackedColumns = 512;    // enough work a row, and accumulators that stay in L1
 constexpr int64_t kApplyElements = 32768;  // a tile of an elementwise pass
 constexpr int64_t kMergeColumns = 64;
 
@@ -108,7 +108,8 @@ Pair merge_moments(const Pair& tiles, int64_t groups, int64_t n_tiles, int64_t c
       double* mean = out.first.data() + item / blocks * cols + c0;
       double* m2 = out.second.data() + item / blocks * cols + c0;
       for (int64_t t = 0; t < n_tiles; ++t) {
-        const double weight = static_cast<double>(t + 1 < n_tiles ? tile_count : last_count) / total;
+        const double weight =
+            static_cast<double>(t + 1 < n_tiles ? tile_count : last_count) / total;
         const double* tile_mean = tiles.first.data() + from + t * cols;
         for (int64_t c = 0; c < width; ++c) mean[c] += weight * tile_mean[c];
       }

@@ -4,7 +4,7 @@
 namespace fusedres {
 namespace {
 
-constexpr int64_t kRowElements = 4096;    // a run of elements where mask rows need no respect
+constexpr int64_t kRowElements = 4096;  // a run of elements where mask rows need no respect
 constexpr int64_t kItemElements = 32768;
 
 MixParams mix_params(const View& v, bool with_mask) {

@@ -101,15 +101,15 @@ std::vector<acc_t> se_mlp_backward(const View& v, const std::vector<acc_t>& dlog
   run_matmul<acc_t>(table.matmul_tn, dlogits.data(), activated.data(), nullptr,
                     acc_data<acc_t>(out.dw2), v.c, w.r, v.n, v.c);
   sum_images(dlogits, v.n, v.c, acc_data<acc_t>(out.db2));
-  run_matmul<acc_t>(table.matmul_nn, dlogits.data(), w.w2.data(), nullptr, dhidden.data(), v.n,
-                    w.r, v.c, r_blocks);
+  run_matmul<acc_t>(table.matmul_nn, dlogits.data(), w.w2.data(), nullptr, dhidden.data(), v.n, w.r,
+                    v.c, r_blocks);
   for (size_t i = 0; i < hidden_size; ++i) dhidden[i] = act_backward(act, hidden[i], dhidden[i]);
-  run_matmul<acc_t>(table.matmul_tn, dhidden.data(), pooled, nullptr, acc_data<acc_t>(out.dw1),
-                    w.r, v.c, v.n, w.r);
+  run_matmul<acc_t>(table.matmul_tn, dhidden.data(), pooled, nullptr, acc_data<acc_t>(out.dw1), w.r,
+                    v.c, v.n, w.r);
   sum_images(dhidden, v.n, w.r, acc_data<acc_t>(out.db1));
   std::vector<acc_t> dpooled(static_cast<size_t>(v.n * v.c + kPad));
-  run_matmul<acc_t>(table.matmul_nn, dhidden.data(), w.w1.data(), nullptr, dpooled.data(), v.n,
-                    v.c, w.r, c_blocks);
+  run_matmul<acc_t>(table.matmul_nn, dhidden.data(), w.w1.data(), nullptr, dpooled.data(), v.n, v.c,
+                    w.r, c_blocks);
   return dpooled;
 }
 

@@ -190,7 +190,8 @@ FR_INLINE void store(Half* p, Vec<float> a) {
 #endif
 }
 
-// Copies n <= 16 elements in pieces of fixed size; n repeats from row to row, so the branches predict.
+// Copies n <= 16 elements in pieces of fixed size; n repeats from row to row, so the branches
+// predict.
 template <typename T>
 FR_INLINE void copy_elements(T* to, const T* from, int n) {
   int at = 0;
@@ -266,6 +267,16 @@ __attribute__((noinline)) Vec<S> erf_of(Vec<S> a) {
   store(lanes, a);
   for (int k = 0; k < kLanes; ++k) lanes[k] = fusedres::erf_of(lanes[k]);
   return load(lanes);
+}
+
+// Activations chosen at run time. One copy for all kernels: inlined, they were most of the code.
+template <typename S>
+__attribute__((noinline)) Vec<S> any_act_forward(Act act, Vec<S> z) {
+  return act_forward(act, z);
+}
+template <typename S>
+__attribute__((noinline)) Vec<S> any_act_backward(Act act, Vec<S> z, Vec<S> dy) {
+  return act_backward(act, z, dy);
 }
 
 // Lanes added in lane order in double.

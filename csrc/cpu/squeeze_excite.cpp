@@ -72,9 +72,9 @@ Tensors6 backward(const View& v, const Tensor& dy, const Tensor& x, const Tensor
   for (size_t i = 0; i < dlogits.size(); ++i) {
     dlogits[i] = gate_backward(gate, saved_logits[i], static_cast<acc_t>(sums.second[i]));
   }
-  std::vector<acc_t> r = se_mlp_backward<acc_t>(
-      v, dlogits, saved_data<acc_t>(v, "squeezed", squeezed, v.c),
-      saved_data<acc_t>(v, "hidden", hidden, w.r), w, act, out);
+  std::vector<acc_t> r =
+      se_mlp_backward<acc_t>(v, dlogits, saved_data<acc_t>(v, "squeezed", squeezed, v.c),
+                             saved_data<acc_t>(v, "hidden", hidden, w.r), w, act, out);
   for (acc_t& value : r) value /= static_cast<acc_t>(std::max<int64_t>(1, v.hw));
   p.plan = apply_plan(v, true, p.mask_in != nullptr);
   p.out = dx.mutable_data_ptr();
@@ -89,8 +89,8 @@ Tensors6 backward(const View& v, const Tensor& dy, const Tensor& x, const Tensor
 }  // namespace
 
 Tensors5 squeeze_excite(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2,
-                        OptTensor residual, std::string act, std::string gate,
-                        std::string post_act, bool save_mask) {
+                        OptTensor residual, std::string act, std::string gate, std::string post_act,
+                        bool save_mask) {
   const View v = view_of("squeeze_excite", x);
   const Act parsed = parse_act(v.op, "post_act", post_act);
   STD_TORCH_CHECK(!save_mask || has_mask(parsed), v.op, ": ", post_act, " has no mask to save");

@@ -7,9 +7,9 @@
 namespace fusedres {
 namespace FUSEDRES_ISA {
 
-template <typename T, bool kPartial>
-FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of<T>>& c, Act act,
-                                int64_t i, int64_t mask, int64_t j, int n) {
+template <typename T, FwdAct kAct, bool kPartial>
+FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of<T>>& c, int64_t i,
+                                int64_t mask, int64_t j, int n) {
   using V = Vec<acc_of<T>>;
   V z = centered_x<T, kPartial>(a, c, i, j, n) * load(c.scale + j) + load(c.bias + j);
   if (a.residual != nullptr) {
@@ -17,10 +17,12 @@ FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
   }
   if (a.mask_out != nullptr) {
     uint32_t bits = ~mask_to_bits(z <= V(0));
-    if (act == Act::kRelu6) bits &= ~mask_to_bits(z >= V(6));
+    if (kAct == kFwdAny && a.act == Act::kRelu6) bits &= ~mask_to_bits(z >= V(6));
     store_bits<kPartial>(a.mask_out + mask + j / 8, bits, n);
   }
-  store_n<kPartial>(static_cast<T*>(a.out) + i, act_forward(act, z), n);
+  if (kAct == kFwdRelu) z = act_forward(Act::kRelu, z);
+  if (kAct == kFwdAny) z = any_act_forward(a.act, z);
+  store_n<kPartial>(static_cast<T*>(a.out) + i, z, n);
 }
 
 // Computes: y = act((x - center) * scale + bias + residual), mask = act'(z) > 0 (one bit each)
@@ -28,22 +30,22 @@ FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
 // Writes:   y [N, C, H, W] once; mask [rows, ceil(cols / 8)] once, if wanted
 // Traffic:  (2 + has_residual)*N*C*H*W*sizeof(scalar_t) (+ N*C*H*W/8) bytes; eager bn_act moves
 //           the tensor 5 times (7 with a residual) after its statistics
-// Split:    one item = one tile of whole rows; 16 lanes, acc_t arithmetic, one rounding at the store
+// Split:    one item = one tile of whole rows; 16 lanes, acc_t arithmetic, one rounding at the
+// store
 template <typename T, FwdAct kAct>
 void affine_fwd_apply_kernel(const StreamParams& params, int64_t begin, int64_t end) {
   const StreamParams a = params;  // a local copy: stores to tensors cannot alias it
   Copies<acc_of<T>> copies;
-  const Act act = kAct == kFwdIdentity ? Act::kIdentity : kAct == kFwdRelu ? Act::kRelu : a.act;
   for (int64_t item = end - 1; item >= begin; --item) {
     const Tile t = tile_of(a, item);
     const auto c = coefficients_of<acc_of<T>>(params, t, copies);
     for_each_row(a, t, [&](int64_t i, int64_t mask, int64_t columns) FR_INLINE_LAMBDA {
       int64_t j = 0;
       for (; j + kLanes <= columns; j += kLanes) {
-        fwd_apply_vector<T, false>(a, c, act, i + j, mask, j, kLanes);
+        fwd_apply_vector<T, kAct, false>(a, c, i + j, mask, j, kLanes);
       }
       const int n = static_cast<int>(columns - j);
-      if (n > 0) fwd_apply_vector<T, true>(a, c, act, i + j, mask, j, n);
+      if (n > 0) fwd_apply_vector<T, kAct, true>(a, c, i + j, mask, j, n);
     });
   }
 }
@@ -67,7 +69,8 @@ FR_INLINE void bwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
 //           when z is recomputed, once; coefficients [C] or [N, C], cached
 // Writes:   dx [N, C, H, W] once; dresidual [N, C, H, W] once, if wanted
 // Traffic:  (3 + need_dresidual)*N*C*H*W*sizeof(scalar_t) + N*C*H*W/8 bytes with a mask
-// Split:    one item = one tile of whole rows; 16 lanes, acc_t arithmetic, one rounding at the store
+// Split:    one item = one tile of whole rows; 16 lanes, acc_t arithmetic, one rounding at the
+// store
 template <typename T, UMode kMode>
 void affine_bwd_apply_kernel(const StreamParams& params, int64_t begin, int64_t end) {
   const StreamParams a = params;  // a local copy: stores to tensors cannot alias it

@@ -148,9 +148,8 @@ __attribute__((noinline)) void fold_sums(const StreamParams& a, Tile t, Sums<S>&
 }
 
 template <typename T, UMode kMode, bool kPartial>
-FR_INLINE void reduce_vector(const StreamParams& a, const Coefficients<acc_of<T>>& c,
-                             const Tile& t, Sums<acc_of<T>>& s, int64_t row, int64_t rows,
-                             int64_t j, int n) {
+FR_INLINE void reduce_vector(const StreamParams& a, const Coefficients<acc_of<T>>& c, const Tile& t,
+                             Sums<acc_of<T>>& s, int64_t row, int64_t rows, int64_t j, int n) {
   using V = Vec<acc_of<T>>;
   V first = load(s.first + j);
   V second = load(s.second + j);

@@ -12,11 +12,11 @@ constexpr int kSets = 6;  // center, scale, bias, p, q, r
 // A tile as the kernels see it: `full` rows of `columns` elements, `ld` apart, and `rest` elements
 // of one more row (packed tiles only).
 struct Tile {
-  int64_t group, index;     // index: row of the partial sums, group * tiles + tile
-  int64_t first, count;     // element offset of the tile; its number of unpacked rows
+  int64_t group, index;  // index: row of the partial sums, group * tiles + tile
+  int64_t first, count;  // element offset of the tile; its number of unpacked rows
   int64_t full, rest, columns, ld;
-  int64_t column0;          // first of its columns in the group's coefficients
-  int64_t mask;             // byte offset into the mask
+  int64_t column0;  // first of its columns in the group's coefficients
+  int64_t mask;     // byte offset into the mask
 };
 
 FR_INLINE Tile tile_of(const StreamParams& a, int64_t item) {
@@ -116,7 +116,7 @@ FR_INLINE Vec<acc_of<T>> gradient_at_z(const StreamParams& a, const Coefficients
   if (a.residual != nullptr) {
     z = z + load_n<kPartial>(static_cast<const T*>(a.residual) + i, n);
   }
-  return act_backward(kMode == kURelu ? Act::kRelu : a.act, z, dy);
+  return kMode == kURelu ? act_backward(Act::kRelu, z, dy) : any_act_backward(a.act, z, dy);
 }
 
 template <typename T, bool kPartial>

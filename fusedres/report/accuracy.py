@@ -51,6 +51,7 @@ def errors(
     *,
     gradient: bool = False,
     count: int = 1,
+    scale: float = 0.0,
 ) -> Errors:
     """Measure ``out`` against the rule.
 
@@ -61,6 +62,8 @@ def errors(
             worst of them counts.
         gradient: allow three times eager's error instead of two.
         count: M of a result that sums M elements; the floor grows with sqrt(M).
+        scale: the root mean square of a tensor that sums the same kind of terms: what the floor is
+            a share of where ref's own is smaller, because its terms cancel.
 
     Returns:
         Errors. A NaN or Inf that the reference lacks, or lacks where the reference has it, is an
@@ -82,13 +85,14 @@ def errors(
     factor = GRADIENT_FACTOR if gradient else FACTOR
     floor = FLOOR * torch.finfo(out.dtype).eps * count**0.5
     finite = ref[ref.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
+    largest = max(scale, finite.abs().max().item() if finite.numel() else 0.0)
     norm = finite.norm().item()
+    length = max(scale * finite.numel() ** 0.5, norm) / (norm or 1.0)
     return Errors(
         max_error,
         factor * max_eager + floor * largest,
         l2_error,
-        factor * l2_eager + (floor if norm else 0.0),
+        factor * l2_eager + floor * length,
         max_eager,
         l2_eager,
     )

@@ -1,0 +1,16 @@
+"""``bn_se_act``: batch norm, squeeze-excite, residual add and ReLU."""
+
+import pytest
+import torch
+
+from .op_cases import OPS, case
+from .selection import full, select
+
+SHAPES = select([(8, 256, 56, 56)], [(8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)])
+
+
+@pytest.mark.parametrize("direction", select(["both"], ["forward", "backward"]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bn_se_act(race, shape, dtype, direction):
+    race(case(OPS["bn_se_act + residual"], shape, dtype, direction, compiled=full()))
