@@ -1,4 +1,4 @@
-"""Builds fusedres/_C.so on the LibTorch stable ABI with ninja, and tags the wheel py3-none-<platform>.
+"""Builds fusedres/_C.so on the LibTorch stable ABI with ninja; wheels are py3-none-<platform>.
 
 The library uses no Python C API and links to torch by name only, so one build serves every Python
 and every torch >= 2.10. Environment:
@@ -38,7 +38,7 @@ def torch_include() -> Path:
         raise RuntimeError("building fusedres needs torch >= 2.10 installed (--no-build-isolation)")
     include = Path(spec.origin).parent / "include"
     if not (include / "torch/csrc/stable/library.h").is_file():
-        raise RuntimeError(f"torch at {include.parent} has no stable ABI headers: need torch >= 2.10")
+        raise RuntimeError(f"torch at {include.parent} has no stable ABI headers (torch >= 2.10)")
     return include
 
 
@@ -75,7 +75,8 @@ def ninja_file(target: Path, work: Path) -> str:
         "rule cxx\n  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         # an empty library with the right soname: the real ones are in the process when this loads
-        "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null -Wl,-soname,$soname -o $out",
+        "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null"
+        + " -Wl,-soname,$soname -o $out",
         "rule link\n  command = $cxx $sanitize -shared -o $out $in -L$stubs -Wl,--no-as-needed "
         + " ".join(f"-l{lib}" for lib in TORCH_LIBS),
     ]

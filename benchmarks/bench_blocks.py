@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .model_cases import block, inference_case, training_case
-from .selection import full, select
+from .selection import full, label, select
 
 # name, input channels, planes, batch, size
 BLOCKS = select(
@@ -20,12 +20,12 @@ DTYPES = select([torch.float32], [torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", BLOCKS, ids=str)
+@pytest.mark.parametrize("spec", BLOCKS, ids=label)
 def test_block_training(race, spec, dtype):
     race(training_case(block(*spec), dtype, compiled=full()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", BLOCKS, ids=str)
+@pytest.mark.parametrize("spec", BLOCKS, ids=label)
 def test_block_inference(race, spec, dtype):
     race(inference_case(block(*spec), dtype, compiled=full()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .conv_cases import conv_case
-from .selection import full, select
+from .selection import full, label, select
 
 # name, input, output channels, kernel, stride
 CASES = select(
@@ -23,7 +23,7 @@ CASES = select(
 
 
 @pytest.mark.parametrize("dtype", select([torch.float32], [torch.bfloat16]))
-@pytest.mark.parametrize("spec", CASES, ids=str)
+@pytest.mark.parametrize("spec", CASES, ids=label)
 def test_conv_bn_act(race, spec, dtype):
     name, shape, out, kernel, stride = spec
     race(conv_case(name, shape, out, kernel, dtype, stride, compiled=full()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .conv_cases import conv_case
-from .selection import full, select
+from .selection import full, label, select
 
 # input, output channels, kernel, stride
 CASES = select(
@@ -19,7 +19,7 @@ CASES = select(
 
 
 @pytest.mark.parametrize("dtype", select([torch.float32], [torch.bfloat16]))
-@pytest.mark.parametrize("spec", CASES, ids=str)
+@pytest.mark.parametrize("spec", CASES, ids=label)
 def test_conv_stats(race, spec, dtype):
     shape, out, kernel, stride = spec
     race(conv_case("conv_stats", shape, out, kernel, dtype, stride, compiled=full()))

@@ -191,12 +191,16 @@ class Race:
             on_round()
 
     def until_ours(self) -> None:
-        """Every turn before ours."""
+        """Every turn before ours, and all of ours that is not timed."""
         while self._next != self.ours:
             self._turn()
+        self.competitors[self.ours].prepare()
+        chill(self._flush)
 
     def our_turn(self) -> None:
-        self._turn()
+        """Our call alone, for a caller with a clock of its own."""
+        self._next = next(self._turns)
+        self.seconds[self.ours].append(call_seconds(self.competitors[self.ours].call))
 
     def finish_round(self) -> None:
         """The turns after our last one, so that everybody has had as many."""
@@ -220,9 +224,18 @@ class Race:
 
 
 def timed(call: Callable[[], object], flush: Callable[[], object]) -> float:
-    """Seconds of one call on cold caches, without the garbage collector."""
+    """Seconds of one call on cold caches."""
+    chill(flush)
+    return call_seconds(call)
+
+
+def chill(flush: Callable[[], object]) -> None:
     flush()
     time.sleep(SETTLE_SECONDS)
+
+
+def call_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call, without the garbage collector."""
     gc.disable()
     try:
         start = time.perf_counter()
@@ -238,7 +251,8 @@ def _fault_of_peer(peer: Competitor, truth: Truth) -> str | None:
     try:
         return truth.fault(peer.results())
     except Exception as error:  # the errors of compilers and runtimes have no common class
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] or 'no message'}"
+        message = str(error).strip() or "no message"
+        return f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 def _turns(names: list[str]) -> Iterator[str]:

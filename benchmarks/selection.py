@@ -16,3 +16,8 @@ def full() -> bool:
 def select(small: Sequence[Case], more: Sequence[Case] = ()) -> list[Case]:
     """``small`` always; ``more`` too with FULL=1."""
     return [*small, *more] if full() else list(small)
+
+
+def label(spec: tuple) -> str:
+    """A case's parameters as one word: ("BasicBlock", (8, 64)) is BasicBlock-8x64."""
+    return "-".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torchvision
@@ -20,8 +21,8 @@ def randomise(module: nn.Module) -> nn.Module:
         for name in ("weight", "bias", "running_mean", "running_var"):
             value = getattr(m, name, None)
             if value is not None and value.dim() == 1:
-                with torch.no_grad():
-                    value.uniform_(0.5, 1.5) if name != "bias" else value.uniform_(-0.5, 0.5)
+                low, high = (-0.5, 0.5) if name in ("bias", "running_mean") else (0.5, 1.5)
+                nn.init.uniform_(value, low, high)
     return module
 
 
@@ -56,11 +57,21 @@ def check_module(
         truth = results(ref, *(x.double() for x in inputs), graded=graded)
     for x, b in zip(inputs, before, strict=True):
         assert_same_bits({"input": x}, {"input": b})
-    assert_as_accurate(out, truth, eager, count=inputs[0].numel() // inputs[0].shape[1])
+    count = inputs[0].numel() // inputs[0].shape[1]
+    assert_as_accurate(out, truth, eager, count, products=1 if graded else products(plain))
     return out
 
 
-def assert_as_accurate(out, truth, eager, count: int = 1) -> None:
+def products(module: nn.Module) -> int:
+    """How many products an output of its largest convolution sums.
+
+    A folded weight is rounded once more than eager's, in each of them.
+    """
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    return max((c.weight[0].numel() for c in convs), default=1)
+
+
+def assert_as_accurate(out, truth, eager, count: int = 1, products: int = 1) -> None:
     """The accuracy rule for every result; what is not a floating-point number is equal."""
     assert out.keys() == eager.keys() == truth.keys()
     assert_same_format(out["y"], eager["y"])
@@ -69,7 +80,7 @@ def assert_as_accurate(out, truth, eager, count: int = 1) -> None:
             assert_same_bits({name: value}, {name: eager[name]})
             continue
         # In float64 the reference shares eager's roundings, so eager's error reads as zero.
-        sums = count if name != "y" or value.dtype == torch.float64 else 1
+        sums = count if name != "y" or value.dtype == torch.float64 else products
         of = dict(gradient=name.startswith("d"), count=sums, name=name)
         assert_as_accurate_as_eager(value, truth[name], eager[name], **of)
 
@@ -123,3 +134,15 @@ def block_pair(name: str, inplanes=16, planes=8, stride=1, project=True, **kwarg
         down = projection(inplanes, planes * cls.expansion, stride, norm) if project else None
         pair.append(cls(inplanes, planes, stride, down, **kwargs))
     return twins(*pair)
+
+
+def compare(run: Callable, fused: nn.Module, plain: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What ``run(module, x)`` gives for our module, its eager twin, and that one in float64."""
+    ref = copy.deepcopy(plain).double()
+    out, eager, truth = (run(m, x.double() if m is ref else x) for m in (fused, plain, ref))
+    assert_as_accurate(out, truth, eager, count=x.numel() // x.shape[1])
+    return out
+
+
+def parameter_gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {f"d{n}": p.grad for n, p in module.named_parameters() if p.grad is not None}

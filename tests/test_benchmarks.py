@@ -97,16 +97,22 @@ def test_race_prepares_flushes_then_times_each_in_turn(no_measuring):
 def test_rounds_driven_from_outside_give_everybody_as_many(no_measuring):
     log = []
     competitors = [competitor(name, log) for name in ("ours", "a", "b")]
-    race = measure.Race(competitors, TRUTH, lambda: None)
+    race = measure.Race(competitors, TRUTH, lambda: log.append("flush"))
     for _ in range(5):
         race.until_ours()
+        assert log[-2:] == ["prepare ours", "flush"]
         race.our_turn()
+        assert log[-1] == "ours"
     race.finish_round()
     assert {len(s) for s in race.seconds.values()} == {5}
     assert log.count("ours") == 5
 
 
 # --- a wrong result is never timed
+
+
+def _raise():
+    raise RuntimeError
 
 
 def test_a_wrong_peer_is_refused_and_not_timed(no_measuring):
@@ -119,6 +125,7 @@ def test_a_wrong_peer_is_refused_and_not_timed(no_measuring):
         "shape": competitor("shape", log, y=X[:-1] ** 2),
         "none": measure.Competitor("none", lambda: log.append("none"), dict),
         "raises": measure.Competitor("raises", lambda: log.append("raises"), lambda: 1 / 0),
+        "silent": measure.Competitor("silent", lambda: log.append("silent"), _raise),
     }
     honest = [competitor("ours", log), competitor("peer", log)]
     race = measure.Race([*honest, *spoiled.values()], TRUTH, lambda: None)
@@ -128,6 +135,7 @@ def test_a_wrong_peer_is_refused_and_not_timed(no_measuring):
     assert not set(log) & set(spoiled)
     assert race.refused["wrong"].startswith("y: largest error 0.0001")
     assert race.refused["raises"] == "ZeroDivisionError: division by zero"
+    assert race.refused["silent"] == "RuntimeError: no message"
 
 
 def test_our_own_wrong_result_stops_the_race():

@@ -202,7 +202,8 @@ def test_same_bits_at_any_thread_count(case):
 @pytest.mark.parametrize("name", ["branch", "shortcut", "gate"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_propagate(value, name, layout, backend):
-    for act in ("relu", "relu6"):
+    # An infinite gate makes NaN, where PyTorch's own gradient of relu6 depends on its vector path.
+    for act in ("relu",) if name == "gate" else ("relu", "relu6"):
         tensors = tensors_of((2, 19, 3, 3), layout, torch.float32, gate=name == "gate")
         tensors[name][1, 2, 1, 0] = value
         tensors[name][0, 17, 2, 2] = value

@@ -3,13 +3,11 @@
 #include <cstdlib>
 #include <cstring>
 
-// setup.py defines FUSEDRES_ISAS, the number of variants it builds: 1 portable, 2 with avx2, 3 with
-// avx512.
 namespace fusedres {
 namespace {
 
 const KernelTable* choose() {
-#if FUSEDRES_ISAS > 1
+#if defined(__x86_64__)
   __builtin_cpu_init();
   int level = 0;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -31,14 +31,19 @@ FR_INLINE Vec<acc_of<T>> shift_of(const T* x, int64_t ld, int64_t rows, int n) {
 }
 
 // Shifts each column by about its mean, and clears its sums. The mean of 8 rows, not one row: with
-// an outlier of size A as the shift, a tile of 128 rows would cancel 128 * A^2 against A^2.
-template <typename T>
+// an outlier of size A as the shift, a tile of 128 rows would cancel 128 * A^2 against A^2. A mean
+// alone is summed as it is: a shift by an infinite value would make NaN of an infinite mean.
+template <typename T, bool kVariance>
 __attribute__((noinline)) void choose_shift(const T* x, Tile t, Sums<acc_of<T>>& s) {
   const int64_t used = t.full > 0 ? t.columns : t.rest;
   for (int64_t j = 0; j < used; j += kLanes) {
     const int n = static_cast<int>(used - j);
-    store(s.shift + j, n >= kLanes ? shift_of<T, false>(x + j, t.ld, t.full, n)
-                                   : shift_of<T, true>(x + j, t.ld, t.full, n));
+    Vec<acc_of<T>> shift(0);
+    if (kVariance) {
+      shift = n >= kLanes ? shift_of<T, false>(x + j, t.ld, t.full, n)
+                          : shift_of<T, true>(x + j, t.ld, t.full, n);
+    }
+    store(s.shift + j, shift);
     store(s.first + j, Vec<acc_of<T>>(0));
     store(s.second + j, Vec<acc_of<T>>(0));
   }
@@ -108,7 +113,7 @@ void affine_fwd_stats_kernel(const StreamParams& params, int64_t begin, int64_t 
   for (int64_t item = begin; item < end; ++item) {
     const Tile t = tile_of(a, item);
     const T* x = static_cast<const T*>(a.x) + t.first;
-    choose_shift<T>(x, t, s);
+    choose_shift<T, kVariance>(x, t, s);
     for (int64_t r = 0; r < t.full; r += kRowsAtOnce) {
       const T* p = x + r * t.ld;
       const int64_t rows = t.full - r < kRowsAtOnce ? t.full - r : kRowsAtOnce;

@@ -36,7 +36,8 @@ class Tail:
 
 def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether repeating a convolution in the backward is cheaper than keeping its result."""
-    if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
+    # The compiler decides by itself what to keep; functorch's levels do not survive a nested vjp.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if dispatch.choose("bn_act", x).backend == "reference":
         return False
@@ -71,7 +72,7 @@ def conv_tail(x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, st
         y, and the mean and variance that normalised it.
     """
     spec = tail, geometry, bn[4:], save_mask
-    return _ConvTail.apply(spec, x, *bn[:4], weight, bias, *norm, *mlp, residual, *stats)
+    return _ConvTail.apply(spec, x, *bn[:4], weight, bias, *norm, *mlp, residual, *stats)[:3]
 
 
 def _forward(spec, x, *tensors):
@@ -90,15 +91,18 @@ def _split(tensors):
 
 class _ConvTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, x, *tensors):
-        y, mean, var, *rest = _forward(spec, x, *tensors)
-        ctx.spec = spec
+    def forward(spec, x, *tensors):
+        return _forward(spec, x, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.spec, x, *tensors = inputs
+        _, mean, var, *rest = output
         # The residual's value is in the mask, or (identity) not needed at all.
         kept = [None if i == 12 else t for i, t in enumerate(tensors)]
         ctx.save_for_backward(x, *kept, mean, var, *rest)
-        ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(mean, var, *rest)
         ctx.set_materialize_grads(False)
-        return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):

@@ -141,6 +141,17 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], d
     backward is wanted (double backward): the op's meaning is differentiated, not its kernel.
     """
     differentiable = torch.is_grad_enabled()
+    if torch._C._are_functorch_transforms_active():  # torch.func.grad and the like
+
+        def of_wanted(*wanted):
+            given = iter(wanted)
+            return fn(*[next(given) if n else t for t, n in zip(inputs, needed, strict=True)])
+
+        _, pull_back = torch.func.vjp(
+            of_wanted, *[t for t, n in zip(inputs, needed, strict=True) if n]
+        )
+        grads = iter(pull_back(dy))
+        return [next(grads) if need else None for need in needed]
     if not differentiable:
         inputs = [None if t is None else t.detach() for t in inputs]
     with torch.enable_grad():

@@ -121,9 +121,9 @@ def verify(model: nn.Module, *inputs, train: bool = False) -> Verification:
     and pixels that its own module puts out: M is that module's output elements divided by the
     parameter's rows (N*H*W for a convolution or a norm, N for a linear layer). What came before in
     the network is not counted: it is in eager's error, and an M for all of it (10^6 and more) would
-    allow any value in bfloat16. Every other tensor has M = 1. Where
-    a gradient cancels (that of a bias before a batch norm is zero but for rounding), the floor is
-    taken of the module's other gradients.
+    allow any value in bfloat16. Every other tensor has M = 1. Where a gradient cancels (that of a
+    bias before a batch norm is zero but for rounding), the floor is one of the module's other
+    gradients.
 
     Args:
         model: any module; it and its state are left as they are.
