@@ -113,6 +113,8 @@ def squeeze_excite(x, w1, b1, w2, b2, act, gate, post_act) -> tuple[Tensor, Tens
     per_channel("b1", b1, w1.shape[0])
     per_channel("b2", b2, channels)
     for name, p in dict(w1=w1, b1=b1, w2=w2, b2=b2).items():
+        if p is not None:
+            floating(name, p)
         same_device(name, p, x)
     activation("act", act)
     activation("post_act", post_act)

@@ -154,18 +154,28 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
             wanted = ", ".join(repr(n) for n in ("auto", *BACKENDS))
             raise ValueError(f"name: wanted one of {wanted}, got {name!r}")
         self._name = name
-        self._before = _process_default
+        self._before: str | None = _process_default
+        self._outer: list[str | None] = []
         _process_default = name
 
-    def __enter__(self) -> backend:
-        # Entering turns the process-wide choice of the call into one of this thread.
+    def _withdraw(self) -> None:
+        # Used as a context or a decorator, the choice is not the process's after all.
         global _process_default
-        _process_default = self._before
-        self._outer, _state.forced = _state.forced, self._name
+        if self._before is not None:
+            _process_default, self._before = self._before, None
+
+    def __call__(self, function: Callable) -> Callable:
+        self._withdraw()
+        return super().__call__(function)
+
+    def __enter__(self) -> backend:
+        self._withdraw()
+        self._outer.append(_state.forced)
+        _state.forced = self._name
         return self
 
     def __exit__(self, *exc) -> None:
-        _state.forced = self._outer
+        _state.forced = self._outer.pop()
 
 
 def backends() -> dict[str, str | None]:

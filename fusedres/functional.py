@@ -135,15 +135,13 @@ def conv_bn_act(
         bn_weight=bn_weight, bn_bias=bn_bias,
     )  # fmt: skip
     stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
-    # Shapes and errors are F.conv2d's own.
-    y = torch.conv2d(
-        input.to("meta"), weight.to("meta"), None if bias is None else bias.to("meta"),
-        stride, padding, dilation, groups,
-    )  # fmt: skip
+    y = _conv_on_meta(input, weight, bias, stride, padding, dilation, groups)
     params = dict(
         running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias
     )
     for name, p in params.items():
+        if p is not None:
+            checks.floating(name, p)
         checks.per_channel(name, p, weight.shape[0])
         checks.same_device(name, p, input)
     if residual is not None:
@@ -153,6 +151,19 @@ def conv_bn_act(
         input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, eps,
         stride, padding, dilation, groups, act,
     )  # fmt: skip
+
+
+def _conv_on_meta(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+    """The result's shape; raises F.conv2d's own errors for operands that do not fit."""
+    operands = input, weight, bias
+    try:
+        y = torch.conv2d(*(None if t is None else t.to("meta") for t in operands), *geometry)
+    except RuntimeError:
+        # On a real device PyTorch words the error better.
+        return torch.conv2d(*operands, *geometry)
+    if any(t is not None and (t.dtype, t.device) != (input.dtype, input.device) for t in operands):
+        return torch.conv2d(*operands, *geometry)  # meta tensors do not compare them
+    return y
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

@@ -75,7 +75,7 @@ BAD = [
     (BN, dict(running_var=torch.ones(7)), RuntimeError, r"running_var should contain 6 .* not 7"),
     ([conv_bn_act], dict(bn_weight=torch.ones(7)), RuntimeError, r"bn_weight should contain 8 .* not 7"),
     ([conv_bn_act], dict(running_var=torch.ones(7)), RuntimeError, r"running_var should contain 8"),
-    ([conv_bn_act], dict(input=torch.randn(3, 5, 4, 4)), RuntimeError, r"to have 6 channels.*got.* 5"),
+    ([conv_bn_act], dict(input=torch.randn(3, 5, 4, 4)), RuntimeError, r"input\[3, 5, 4, 4\] to have 6 channels"),
     (SE, dict(w1=torch.randn(2, 5)), ValueError, r"w1: wanted shape \[R, 6\].*got \(2, 5\)"),
     (SE, dict(w2=torch.randn(C, 3)), ValueError, r"w2: wanted shape \[6, 2\].*got \(6, 3\)"),
     (SE, dict(w1=torch.randn(2, C, 3, 3)), ValueError, r"w1: wanted shape.*\(2, 6, 3, 3\)"),
@@ -173,8 +173,8 @@ def test_constructors(make, error, message):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("x", [
     torch.randn(2, 5, 6, 6), torch.randn(2, 16, 6), torch.randn(2, 16, 6, 6, 6),
-    torch.ones(2, 16, 6, 6, dtype=torch.int64), torch.randn(2, 16, 6, 6, device="meta"),
-], ids=["channels", "3d", "5d", "integers", "device"])  # fmt: skip
+    torch.ones(2, 16, 6, 6, dtype=torch.int64),
+], ids=["channels", "3d", "5d", "integers"])  # fmt: skip
 def test_blocks_raise_what_torchvisions_raise(x, training, name):
     fused, plain = (b.train(training) for b in block_pair(name))
     raised = []

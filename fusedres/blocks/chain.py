@@ -10,6 +10,8 @@ A module that cannot be fused runs as it is, and the reason goes to ``fusedres.e
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -25,7 +27,10 @@ Triple = tuple[nn.Module, nn.Module, "nn.Module | str | None"]
 
 
 def chain(
-    x: Tensor, *triples: Triple, residual: Tensor | None = None, se: nn.Module | None = None
+    x: Tensor,
+    *triples: Triple,
+    residual: Tensor | partial[Tensor] | None = None,
+    se: nn.Module | None = None,
 ) -> Tensor:
     """The composition of ``act(norm(conv(.)))`` over the triples.
 
@@ -34,7 +39,8 @@ def chain(
     Args:
         x: [N, C, H, W]; not changed.
         triples: (conv, norm, act); act is a module, a name or None.
-        residual: added before the last activation; not changed.
+        residual: added before the last activation; not changed. A partial is called when all but
+            the last triple have run: errors come in the order in which PyTorch's blocks raise.
         se: a module applied to the last norm's result.
     """
     state: State = x
@@ -83,6 +89,8 @@ def _step(state: State, conv: nn.Module, norm: nn.Module, act) -> State:
 
 def _last(state: State, conv, norm, act, residual, se) -> Tensor:
     """The last triple and the block's tail: squeeze-excite, residual and activation."""
+    if isinstance(residual, partial):
+        residual = residual()
     unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         return _finish(_unfused(state, conv, norm, unit), residual, se, act)

@@ -53,7 +53,7 @@ _ACTS: dict[type, str] = {
 
 def hooked(module: nn.Module) -> str | None:
     """A reason when a fused call would leave out a hook of ``module``, or read it too often."""
-    if torch.nn.modules.module._has_any_global_hook() and not dispatch.observed():
+    if _global_hooks() and not dispatch.observed():
         return "global module hooks are set"
     if "parametrizations" in module._modules:  # each read of a weight computes it anew
         return f"{type(module).__name__} is parametrized"
@@ -67,6 +67,17 @@ def hooked(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return f"{type(module).__name__} has a patched forward"
     return None
+
+
+def _global_hooks() -> bool:
+    # Not _has_any_global_hook(): it also counts the flags of hooks that have been removed.
+    m = torch.nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
 
 
 def geometry_of(conv: nn.Module) -> Geometry | str:

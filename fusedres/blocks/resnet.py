@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -98,7 +99,7 @@ class BasicBlock(_Block):
             (self.conv1, self.bn1, self.relu),
             (self.conv2, self.bn2, self.relu),
             se=getattr(self, "se", None),
-            residual=shortcut(x, self.downsample),
+            residual=partial(shortcut, x, self.downsample),
         )
 
 
@@ -145,7 +146,7 @@ class Bottleneck(_Block):
             (self.conv2, self.bn2, self.relu),
             (self.conv3, self.bn3, self.relu),
             se=getattr(self, "se", None),
-            residual=shortcut(x, self.downsample),
+            residual=partial(shortcut, x, self.downsample),
         )
 
 
