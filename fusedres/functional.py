@@ -81,7 +81,7 @@ def batch_norm_act(
         x, weight, bias, dense_like(residual, x), mean, var, training, eps, act, save_mask
     )
     if training:
-        update_running_stats(running_mean, running_var, mean, var, input, momentum)
+        update_running_stats(running_mean, running_var, mean, var, input.shape, momentum)
     return y
 
 
@@ -253,7 +253,7 @@ def batch_norm_se_act(
         x, *params, dense_like(residual, x), mean, var, training, eps, se_act, gate, act, save_mask
     )
     if training:
-        update_running_stats(running_mean, running_var, mean, var, input, momentum)
+        update_running_stats(running_mean, running_var, mean, var, input.shape, momentum)
     return y
 
 

@@ -11,19 +11,19 @@ def update_running_stats(
     running_var: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    x: Tensor,
+    shape: torch.Size,
     momentum: float | Tensor,
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, the variance unbiased, in place.
 
     Args:
         mean, var: [C]; the batch's mean and biased variance.
-        x: the normalised tensor [N, C, ...]; gives the number of values a channel.
+        shape: of the normalised tensor [N, C, ...]; gives the number of values a channel.
         momentum: a number, or a one-element tensor (cumulative average).
     """
-    if running_mean is None or running_var is None or x.numel() == 0 or recomputing():
+    if running_mean is None or running_var is None or shape.numel() == 0 or recomputing():
         return
-    count = x.numel() // x.shape[1]
+    count = shape.numel() // shape[1]
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             batch = batch.to(running.dtype)

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Iterable
 
 import torch
-from accuracy import assert_as_accurate_as_eager
 from torch import Tensor
 
+from accuracy import assert_as_accurate_as_eager
 from fusedres import reference
 
 Tensors = dict[str, "Tensor | None"]
@@ -84,7 +84,9 @@ def check(
     return out
 
 
-def check_derivatives(fn: Callable[..., Tensor], tensors: Tensors, constants: Iterable = ()) -> None:
+def check_derivatives(
+    fn: Callable[..., Tensor], tensors: Tensors, constants: Iterable = ()
+) -> None:
     """First and second derivatives against finite differences, in float64, in random directions."""
     names = [n for n, t in tensors.items() if t is not None and n not in constants]
     fixed = {n: t for n, t in tensors.items() if n not in names}
@@ -108,7 +110,9 @@ def poison_free_memory(tensors: Tensors) -> None:
 def assert_same_format(out: Tensor, eager: Tensor) -> None:
     """The strides PyTorch's own result has (of dimensions whose stride means anything)."""
     if out.numel():
-        strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (out, eager)]
+        strides = [
+            [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (out, eager)
+        ]
         assert strides[0] == strides[1], f"strides {out.stride()}, PyTorch's {eager.stride()}"
 
 

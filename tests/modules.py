@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 import torchvision
-from accuracy import assert_as_accurate_as_eager
-from harness import assert_same_bits, assert_same_format, gradient_like
 from torch import Tensor, nn
 from torchvision.models.resnet import conv1x1
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
+from harness import assert_same_bits, assert_same_format, gradient_like
 
 
 def randomise(module: nn.Module) -> nn.Module:

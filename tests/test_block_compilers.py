@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from cases import randn
 from harness import assert_same_bits
 from modules import block_pair, compare, results
-from torch import nn
 
 X = (4, 16, 6, 6)
 

@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
-from cases import randn
-from harness import assert_same_bits
-from modules import block_pair, check_module, compare, parameter_gradients, results
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from cases import randn
+from harness import assert_same_bits
+from modules import block_pair, check_module, compare, parameter_gradients, results
 
 CASES = {
     "basic": dict(name="BasicBlock", stride=2),

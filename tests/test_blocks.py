@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from cases import arrange, backends, layouts, randn
-from harness import assert_same_bits, assert_same_format
-from modules import PLAIN_BLOCKS, assert_as_accurate, block_pair, check_module, randomise, results
 from torch import nn
 from torchvision.models import resnet
 
 import fusedres
+from cases import arrange, backends, layouts, randn
 from fusedres import dispatch
+from harness import assert_same_bits, assert_same_format
+from modules import PLAIN_BLOCKS, assert_as_accurate, block_pair, check_module, randomise, results
 
 BLOCKS = {
     "basic": dict(name="BasicBlock", planes=16, project=False),
@@ -79,7 +79,9 @@ def test_blocks_are_torchvisions_to_isinstance(name):
     """torchvision's zero_init_residual finds them, and the SE blocks too."""
     for prefix in ("", "SE"):
         block = getattr(fusedres, prefix + name)(8, 2)
-        assert isinstance(block, getattr(resnet, name)) and isinstance(block, getattr(fusedres, name))
+        assert isinstance(block, getattr(resnet, name)) and isinstance(
+            block, getattr(fusedres, name)
+        )
         last = block.bn3 if name == "Bottleneck" else block.bn2
         block.zero_init_last()
         assert last.weight.count_nonzero() == 0 and block.bn1.weight.count_nonzero() > 0

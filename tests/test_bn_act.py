@@ -5,19 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate_as_eager
-from cases import (
-    SHAPES, arrange, backends, channels, executions, layouts, misaligned, parameter_dtype, randn,
-    sliced, values_per_channel,
-)  # fmt: skip
-from harness import (
-    Unchanged, assert_same_at_any_thread_count, assert_same_format, assert_same_non_finite, check,
-    check_derivatives, gradients, same_bits,
-)  # fmt: skip
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
+from cases import (
+    SHAPES,
+    arrange,
+    backends,
+    channels,
+    executions,
+    layouts,
+    misaligned,
+    parameter_dtype,
+    randn,
+    sliced,
+    values_per_channel,
+)  # fmt: skip
 from fusedres import dispatch, reference
 from fusedres.ops.bn_act import backward_bytes_moved, bytes_moved
+from harness import (
+    Unchanged,
+    assert_same_at_any_thread_count,
+    assert_same_format,
+    assert_same_non_finite,
+    check,
+    check_derivatives,
+    gradients,
+    same_bits,
+)  # fmt: skip
 
 CONSTANTS = ("running_mean", "running_var")
 

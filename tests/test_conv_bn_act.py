@@ -6,16 +6,26 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
-from cases import (
-    CONVS, Conv, arrange, backends, channels, conv_tensors, executions, layouts, misaligned,
-    parameter_dtype, randn, sliced,
-)  # fmt: skip
-from harness import Unchanged, assert_same_format, double, same_bits
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
+from cases import (
+    CONVS,
+    Conv,
+    arrange,
+    backends,
+    channels,
+    conv_tensors,
+    executions,
+    layouts,
+    misaligned,
+    parameter_dtype,
+    randn,
+    sliced,
+)  # fmt: skip
 from fusedres import dispatch, reference
 from fusedres.ops.conv_bn_act import bytes_moved, eager_bytes
+from harness import Unchanged, assert_same_format, double, same_bits
 
 OPTIONS = {
     "3x3": dict(act="relu", residual=True),
@@ -96,7 +106,9 @@ def test_values_of_a_bottleneck(act, residual):
 def test_without_affine_parameters(missing, backend):
     conv = CONVS["1x1"]
     with fusedres.backend(backend):
-        check_against_reference(tensors_of(conv, torch.float32) | dict.fromkeys(missing), conv, "relu")
+        check_against_reference(
+            tensors_of(conv, torch.float32) | dict.fromkeys(missing), conv, "relu"
+        )
 
 
 @backends

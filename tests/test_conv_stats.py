@@ -6,18 +6,33 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
-from cases import (
-    CONVS, Conv, arrange, backends, channels, conv_tensors, executions, misaligned,
-    parameter_dtype, randn, sliced, values_per_channel,
-)  # fmt: skip
-from harness import (
-    Unchanged, assert_same_bits, assert_same_non_finite, check, check_derivatives, gradients,
-)  # fmt: skip
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
+from cases import (
+    CONVS,
+    Conv,
+    arrange,
+    backends,
+    channels,
+    conv_tensors,
+    executions,
+    misaligned,
+    parameter_dtype,
+    randn,
+    sliced,
+    values_per_channel,
+)  # fmt: skip
 from fusedres import dispatch, reference
 from fusedres.ops.conv_stats import bytes_moved
+from harness import (
+    Unchanged,
+    assert_same_bits,
+    assert_same_non_finite,
+    check,
+    check_derivatives,
+    gradients,
+)  # fmt: skip
 
 CONSTANTS = ("mean", "var")
 

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from cases import randn
-from modules import block_pair
 
 import fusedres
+from cases import randn
 from fusedres import dispatch
 from fusedres.functional import batch_norm_act
+from modules import block_pair
 
 
 def backend_of_a_call() -> str:
@@ -115,7 +115,10 @@ def test_an_unknown_backend_is_named():
 def test_a_backend_that_cannot_run_says_why():
     x = randn((2, 3, 4, 4))
     stats = torch.zeros(3), torch.ones(3)
-    with fusedres.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run bn_act: "):
+    with (
+        fusedres.backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' cannot run bn_act: "),
+    ):
         batch_norm_act(x, *stats, training=True)
     assert stats[0].count_nonzero() == 0
 
@@ -139,7 +142,9 @@ def test_observers_hear_every_op_of_their_own_context():
         block.eval()(x)
     assert inner == outer[:heard] and len(outer) > heard
     assert {"conv_stats", "bn_act", "bn_se_act"} <= {e.op for e in inner}
-    assert all(e.bytes_moved > 0 and e.eager_bytes >= e.bytes_moved for e in inner if e.op == "bn_se_act")
+    assert all(
+        e.bytes_moved > 0 and e.eager_bytes >= e.bytes_moved for e in inner if e.op == "bn_se_act"
+    )
     assert not dispatch.observed()
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, channels, randn
-from harness import Unchanged, assert_same_bits
-from modules import PLAIN_BLOCKS, block_pair
 from torch import nn
 
 import fusedres
+from cases import BACKENDS, channels, randn
 from fusedres.functional import (
-    batch_norm_act, batch_norm_se_act, conv_bn_act, residual_mix, squeeze_excite,
+    batch_norm_act,
+    batch_norm_se_act,
+    conv_bn_act,
+    residual_mix,
+    squeeze_excite,
 )  # fmt: skip
+from harness import Unchanged, assert_same_bits
+from modules import PLAIN_BLOCKS, block_pair
 
 C = 6
 META = torch.device("meta")
@@ -242,7 +246,10 @@ def test_state_dicts_with_missing_or_extra_keys(name):
     state = dict(fused.state_dict())
     missing = {n: t for n, t in state.items() if n != "bn1.running_mean"}
     extra = state | {"conv9.weight": torch.ones(1)}
-    for wrong, message in ((missing, r'Missing.*"bn1.running_mean"'), (extra, r'Unexpected.*"conv9')):
+    for wrong, message in (
+        (missing, r'Missing.*"bn1.running_mean"'),
+        (extra, r'Unexpected.*"conv9'),
+    ):
         with Unchanged(fused), pytest.raises(RuntimeError, match=message):
             fused.load_state_dict(wrong)
 

@@ -44,8 +44,8 @@ def test_inference_of_a_block_is_one_call_a_convolution():
     assert 0.8 < found.fused < 1
     x, y = 4 * 2 * 8 * 64, 4 * 2 * 16 * 16
     projection, first, second = 4 * 8 * 16, 4 * 8 * 16 * 9, 4 * 16 * 16 * 9
-    moved = [x + projection + y, x + first + y, y + second + 2 * y]
-    eager = [x + projection + 3 * y, x + first + 5 * y, y + second + 8 * y]
+    moved = [x + first + y, x + projection + y, y + second + 2 * y]
+    eager = [x + first + 5 * y, x + projection + 3 * y, y + second + 8 * y]
     assert [r.bytes_moved for r in found.rows[:3]] == moved
     assert [r.eager_bytes for r in found.rows[:3]] == eager
 
@@ -123,7 +123,7 @@ def test_a_foreign_part_keeps_its_reason():
         found = explain(model, images())
     (row,) = [r for r in found.rows if r.module == "se"]
     assert (row.op, row.backend) == ("Gate", "torch")
-    assert row.reason == "Gate is not a squeeze-excite of two 1x1 convolutions"
+    assert row.reason == "Gate is not a squeeze-excite with a fused form"
 
 
 def test_a_plain_network_is_not_fused():

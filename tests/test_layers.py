@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import backends, layouts, randn
-from harness import assert_same_bits
-from modules import assert_as_accurate, check_module, randomise, results, twins
 from torch import nn
 
 import fusedres
+from cases import backends, layouts, randn
 from fusedres import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from harness import assert_same_bits
+from modules import assert_as_accurate, check_module, randomise, results, twins
 
 
 class PlainBatchNormAct(nn.BatchNorm2d):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from cases import randn
-from modules import PLAIN_BLOCKS, PlainSEBottleneck, block_pair
 from torch import Tensor, nn
 
 import fusedres
+from cases import randn
+from modules import PLAIN_BLOCKS, PlainSEBottleneck, block_pair
 
 
 def saved(module: nn.Module, x: Tensor) -> tuple[list[int], int]:

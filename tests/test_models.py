@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torchvision
-from accuracy import assert_as_accurate_as_eager
-from harness import assert_same_bits, gradient_like
-from modules import PlainSEBasicBlock, PlainSEBottleneck, randomise
 from torch import Tensor, nn
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
+from harness import assert_same_bits, gradient_like
+from modules import PlainSEBasicBlock, PlainSEBottleneck, randomise
 
 TORCHVISIONS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",

@@ -9,16 +9,16 @@ import threading
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
-from cases import SHAPES, channels, randn
-from harness import Unchanged, assert_same_bits, double, gradients
 
 import fusedres
 import test_bn_act as bn
 import test_bn_se_act as bn_se
 import test_residual_mix as mix
 import test_squeeze_excite as se
+from accuracy import assert_as_accurate_as_eager
+from cases import SHAPES, channels, randn
 from fusedres import native
+from harness import Unchanged, assert_same_bits, double, gradients
 
 native_ops = torch.ops.fusedres_native
 

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch
-from cases import randn
-from harness import same_bits
-from modules import block_pair, check_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import randn
 from fusedres.ops import packing
+from harness import same_bits
+from modules import block_pair, check_module
 
 X = (2, 16, 6, 6)
 
@@ -82,7 +82,10 @@ CHANGES = {
     "running_var_through_data": lambda b: b.bn1.running_var.data.mul_(3),
     "running_var_object": lambda b: setattr(b.bn1, "running_var", b.bn1.running_var * 3),
     "eps": lambda b: setattr(b.bn1, "eps", 0.1),
-    "stride": lambda b: (setattr(b.conv1, "stride", (1, 1)), setattr(b.downsample[0], "stride", (1, 1))),
+    "stride": lambda b: (
+        setattr(b.conv1, "stride", (1, 1)),
+        setattr(b.downsample[0], "stride", (1, 1)),
+    ),
     "shortcut": lambda b: b.downsample[0].weight.data.mul_(0.5),
     "optimizer_step": optimizer_step,
     "training_step": training_step,

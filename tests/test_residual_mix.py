@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SHAPES, arrange, backends, executions, layouts, misaligned, randn, sliced
-from harness import (
-    Unchanged, assert_same_at_any_thread_count, assert_same_bits, assert_same_format, assert_same_non_finite,
-    check, check_derivatives, gradients,
-)  # fmt: skip
 
 import fusedres
+from cases import SHAPES, arrange, backends, executions, layouts, misaligned, randn, sliced
 from fusedres import dispatch, reference
 from fusedres.ops.residual_mix import backward_bytes_moved, bytes_moved
+from harness import (
+    Unchanged,
+    assert_same_at_any_thread_count,
+    assert_same_bits,
+    assert_same_format,
+    assert_same_non_finite,
+    check,
+    check_derivatives,
+    gradients,
+)  # fmt: skip
 
 CONSTANTS = ("row_scale",)
 
@@ -170,7 +176,9 @@ def test_derivatives(backend, layout, options):
 ])  # fmt: skip
 def test_opcheck(backend, layout, act, gate):
     t = tensors_of((2, 5, 3, 3), layout, torch.float32, gate=gate, rows=True)
-    leaves = [None if t[n] is None else t[n].requires_grad_() for n in ("branch", "shortcut", "gate")]
+    leaves = [
+        None if t[n] is None else t[n].requires_grad_() for n in ("branch", "shortcut", "gate")
+    ]
     args = *leaves, t["row_scale"], 0.5, 1.0, act, act == "relu"
     with fusedres.backend(backend):
         torch.library.opcheck(torch.ops.fusedres.residual_mix, args)

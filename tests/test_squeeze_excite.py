@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
-    SHAPES, arrange, backends, channels, executions, layouts, misaligned, parameter_dtype, randn,
-    sliced,
-)  # fmt: skip
-from harness import (
-    Unchanged, assert_same_at_any_thread_count, assert_same_format, assert_same_non_finite, check,
-    check_derivatives, gradients,
-)  # fmt: skip
 
 import fusedres
+from cases import (
+    SHAPES,
+    arrange,
+    backends,
+    channels,
+    executions,
+    layouts,
+    misaligned,
+    parameter_dtype,
+    randn,
+    sliced,
+)  # fmt: skip
 from fusedres import dispatch, reference
 from fusedres.ops.squeeze_excite import backward_bytes_moved, bytes_moved
+from harness import (
+    Unchanged,
+    assert_same_at_any_thread_count,
+    assert_same_format,
+    assert_same_non_finite,
+    check,
+    check_derivatives,
+    gradients,
+)  # fmt: skip
 
 # squeezed: hidden channels; a few that fill no vector, one more than there are channels.
 OPTIONS = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from accuracy import assert_as_accurate_as_eager
 from torch import Tensor, nn
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
 
 STEPS = 10
 

@@ -10,6 +10,7 @@ A module that cannot be fused runs as it is, and the reason goes to ``fusedres.e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from .. import functional as F
 from ..ops import conv_bn_act
 from .recognise import act_of, hooked, se_of, wants_grad
 from .training import conv_shape, convolve, tail
-from .unit import Pending, State, Unit, activate, materialise, operands, unit_of
+from .unit import Batch, Pending, State, Unit, activate, materialise, operands, track, unit_of
 
 Triple = tuple[nn.Module, nn.Module, "nn.Module | str | None"]
 
@@ -44,9 +45,13 @@ def chain(
         se: a module applied to the last norm's result.
     """
     state: State = x
+    batches: list[Batch] = []
     for conv, norm, act in triples[:-1]:
-        state = _step(state, conv, norm, act)
-    return _last(state, *triples[-1], residual, se)
+        state = _step(state, conv, norm, act, batches)
+    y = _last(state, *triples[-1], residual, se, batches)
+    for batch in batches:  # last: an error above leaves the running statistics as they were
+        track(*batch)
+    return y
 
 
 def shortcut(x: Tensor, module: nn.Module | None) -> Tensor:
@@ -75,7 +80,7 @@ def _symbolic(x) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 
-def _step(state: State, conv: nn.Module, norm: nn.Module, act) -> State:
+def _step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
     """A triple that is not the last."""
     unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
@@ -84,10 +89,11 @@ def _step(state: State, conv: nn.Module, norm: nn.Module, act) -> State:
         y: State = _conv_bn_act(unit, state, None, unit.act)
     else:
         y = convolve(unit, state)
+        batches.append((unit.norm, y.mean, y.var, y.raw.shape))
     return y if unit.then is None else unit.then(materialise(y))
 
 
-def _last(state: State, conv, norm, act, residual, se) -> Tensor:
+def _last(state: State, conv, norm, act, residual, se, batches: list[Batch]) -> Tensor:
     """The last triple and the block's tail: squeeze-excite, residual and activation."""
     if isinstance(residual, partial):
         residual = residual()
@@ -95,11 +101,12 @@ def _last(state: State, conv, norm, act, residual, se) -> Tensor:
     if isinstance(unit, str):
         return _finish(_unfused(state, conv, norm, unit), residual, se, act)
     if not _in_one_call(unit, state, residual):
-        y = tail(unit, state, residual, se, act)
+        y = tail(unit, state, residual, se, batches)
         if y is not None:
             return y
-        branch = chain(materialise(state), (conv, norm, None))
-        return _finish(branch, residual, se, act)
+        pending = convolve(replace(unit, act="identity"), state)
+        batches.append((unit.norm, pending.mean, pending.var, pending.raw.shape))
+        return _finish(materialise(pending), residual, se, act)
     if se is not None:
         return _finish(_conv_bn_act(unit, state, None, "identity"), residual, se, act)
     if residual is None or (

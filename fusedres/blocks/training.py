@@ -11,7 +11,7 @@ from ..ops import conv_stats
 from ..ops.bn_act import saves_mask
 from ..ops.conv_tail import Tail, conv_tail, tail_op, worth_recomputing
 from .recognise import SE, se_of, wants_grad
-from .unit import Pending, State, Unit, activate, operands, track, value
+from .unit import Batch, Pending, State, Unit, activate, operands, value
 
 _NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
 
@@ -25,14 +25,13 @@ def convolve(unit: Unit, state: State) -> Pending:
     )
     if unit.norm.batch_stats:
         checks.more_than_one_value(raw)
-        track(unit.norm, mean, var, raw)
     else:
         mean, var = unit.norm.running_mean, unit.norm.running_var
     return Pending(raw, unit.norm, unit.act, mean, var)
 
 
 def tail(
-    unit: Unit, state: State, residual: Tensor | None, se: nn.Module | None, act
+    unit: Unit, state: State, residual: Tensor | None, se: nn.Module | None, batches: list[Batch]
 ) -> Tensor | None:
     """The last unit with squeeze-excite, residual and activation; None where they do not fit."""
     mlp = None if se is None else se_of(se)
@@ -60,9 +59,10 @@ def tail(
             x, state.prologue, weight, bias, unit.geometry, spec, affine, params, residual, stats,
             save_mask,
         )  # fmt: skip
-        track(norm, mean, var, y)
+        batches.append((norm, mean, var, y.shape))
     else:
         pending = convolve(unit, state)
+        batches.append((norm, pending.mean, pending.var, pending.raw.shape))
         stats = pending.mean, pending.var
         raw = dense(pending.raw)
         y = tail_op(raw, spec, affine, params, residual, stats, save_mask)[0]

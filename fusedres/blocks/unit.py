@@ -109,7 +109,10 @@ def activate(x: Tensor, act: nn.Module | str | None) -> Tensor:
     return act(x) if isinstance(act, nn.Module) else reference.ACTIVATIONS[act](x)
 
 
-def track(norm: Norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
+Batch = tuple[Norm, Tensor, Tensor, torch.Size]  # norm, mean, variance, shape
+
+
+def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:
     """Count a batch in a norm's running statistics, as nn.BatchNorm2d does in training."""
     module = norm.module
     tracks = module.training and getattr(module, "track_running_stats", False)
@@ -120,4 +123,4 @@ def track(norm: Norm, mean: Tensor, var: Tensor, x: Tensor) -> None:
         module.num_batches_tracked.add_(1)
         if module.momentum is None:  # cumulative average
             momentum = 1.0 / module.num_batches_tracked.to(torch.float32)
-    update_running_stats(norm.running_mean, norm.running_var, mean, var, x, momentum)
+    update_running_stats(norm.running_mean, norm.running_var, mean, var, shape, momentum)

@@ -38,9 +38,9 @@ def exactness(first: FirstSteps, inference) -> Table:
     for what in ("loss", "weight"):
         runs = first.plain32, first.fused32, first.fused64, first.allowed64
         row = (f"{getattr(run, what):.1e}" for run in runs)
-        table.add_row(f"{what}, {FIRST_STEPS} training steps", *row)
+        table.add_row(f"{what}, {FIRST_STEPS} steps", *row)
     errors = f"{inference.plain_error:.1e}", f"{inference.fused_error:.1e}"
-    table.add_row("logits, plain checkpoint", *errors, "", f"{inference.allowed:.1e}")
+    table.add_row("logits, inference", *errors, "", f"{inference.allowed:.1e}")
     return table
 
 

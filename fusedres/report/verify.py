@@ -74,7 +74,7 @@ class Verification:
     def summary(self) -> str:
         failing = sum(not row.ok for row in self.rows)
         verdict = f"{failing} of {len(self.rows)} FAIL" if failing else f"all {len(self.rows)} ok"
-        return f"{verdict}: outputs, gradients and buffers against float64"
+        return f"{verdict} against float64"
 
     def table(self, worst: int | None = None) -> str:
         """A line for every row; or for the failing ones and, up to ``worst``, the next nearest."""
