@@ -124,7 +124,7 @@ def test_without_its_library_it_says_why_and_runs(
     if harm == "missing":
         library.unlink()
     else:
-        library.write_bytes(library.read_bytes()[:40] if harm == "cut short" else b"\0" * 4096)
+        library.write_bytes(library.read_bytes()[:4096] if harm == "cut short" else b"\0" * 4096)
     report = probe(python, tmp_path, PYTHONPATH=str(tmp_path / "path"))
     assert Path(report["file"]).is_relative_to(tmp_path)
     reason = report["backends"]["native"]
