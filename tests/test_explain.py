@@ -262,3 +262,14 @@ def test_note_about_nan_where_onednn_has_the_relu():
 def test_wrong_model():
     with pytest.raises(TypeError, match="wanted a torch.nn.Module, got str"):
         explain("resnet50", images())
+
+
+def test_a_global_hook_of_the_users_is_the_reason():
+    handle = global_hooks.register_module_forward_hook(lambda *args: None)
+    try:
+        rows = explain(fusedres.BasicBlock(8, 8), images()).rows
+    finally:
+        handle.remove()
+    assert not any(row.op in ("conv_stats", "bn_act") for row in rows)
+    assert any(row.reason == "global module hooks are set" for row in rows)
+    assert any(row.op == "conv_stats" for row in explain(fusedres.BasicBlock(8, 8), images()).rows)

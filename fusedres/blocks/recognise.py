@@ -7,13 +7,13 @@ forward of its own, a layer without a fused form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import dispatch
 from ..ops.convolution import Geometry
 
 
@@ -53,7 +53,7 @@ _ACTS: dict[type, str] = {
 
 def hooked(module: nn.Module) -> str | None:
     """A reason when a fused call would leave out a hook of ``module``, or read it too often."""
-    if _global_hooks() and not dispatch.observed():
+    if _global_hooks():
         return "global module hooks are set"
     if "parametrizations" in module._modules:  # each read of a weight computes it anew
         return f"{type(module).__name__} is parametrized"
@@ -69,15 +69,22 @@ def hooked(module: nn.Module) -> str | None:
     return None
 
 
+def only_listens(hook: Callable) -> Callable:
+    """Mark a global module hook that may miss the modules inside a fused call."""
+    hook.only_listens = True
+    return hook
+
+
 def _global_hooks() -> bool:
     # Not _has_any_global_hook(): it also counts the flags of hooks that have been removed.
     m = torch.nn.modules.module
-    return bool(
-        m._global_forward_hooks
-        or m._global_forward_pre_hooks
-        or m._global_backward_hooks
-        or m._global_backward_pre_hooks
+    kinds = (
+        m._global_forward_hooks,
+        m._global_forward_pre_hooks,
+        m._global_backward_hooks,
+        m._global_backward_pre_hooks,
     )
+    return any(not hasattr(hook, "only_listens") for hooks in kinds for hook in hooks.values())
 
 
 def geometry_of(conv: nn.Module) -> Geometry | str:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import dispatch
 from ..blocks import SqueezeExcite
+from ..blocks.recognise import only_listens
 from .table import render, size
 
 # What runs an op in one pass of its own. Anything else is PyTorch's eager execution.
@@ -174,6 +175,7 @@ class _Recorder:
                 stack.callback(handle.remove)
             yield
 
+    @only_listens
     def _on_enter(self, module: nn.Module, args) -> None:
         if module not in self._names or threading.get_ident() != self._thread:
             return
@@ -188,6 +190,7 @@ class _Recorder:
             return frame.notice.reason
         return frame.reason
 
+    @only_listens
     def _on_leave(self, module: nn.Module, args, kwargs, output) -> None:
         if module not in self._names or threading.get_ident() != self._thread:
             return
