@@ -91,18 +91,15 @@ def _split(tensors):
 
 class _ConvTail(torch.autograd.Function):
     @staticmethod
-    def forward(spec, x, *tensors):
-        return _forward(spec, x, *tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.spec, x, *tensors = inputs
-        _, mean, var, *rest = output
+    def forward(ctx, spec, x, *tensors):
+        ctx.spec = spec
+        y, mean, var, *rest = _forward(spec, x, *tensors)
         # The residual's value is in the mask, or (identity) not needed at all.
         kept = [None if i == 12 else t for i, t in enumerate(tensors)]
         ctx.save_for_backward(x, *kept, mean, var, *rest)
         ctx.mark_non_differentiable(mean, var, *rest)
         ctx.set_materialize_grads(False)
+        return y, mean, var, *rest
 
     @staticmethod
     def backward(ctx, dy, *_):
