@@ -77,7 +77,7 @@ wheel: $(BUILD_READY) ## build a wheel into dist/
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 clean: ## remove everything that was built, the virtual environment included
-	rm -rf build dist .venv fusedres-demo *.egg-info $(LIBRARY)
+	rm -rf build dist $(VENV) fusedres-demo *.egg-info $(LIBRARY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ninja knows which objects are stale, so it is always asked.

@@ -18,7 +18,6 @@ from . import dispatch, models
 
 DTYPES = {str(d).removeprefix("torch."): d for d in dispatch.DTYPES}
 MODELS = [name for name in models.__all__ if name.islower()]
-WORST = 12  # rows that verify prints without --all
 USER_ERROR = 2  # argparse's own exit code
 
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fusedres", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fusedres")
     commands = parser.add_subparsers(dest="command", metavar="command")
     doctor = commands.add_parser("doctor", help="what this machine can run, and why not the rest")
     doctor.add_argument("--json", action="store_true", help="for programs")
@@ -96,10 +95,8 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (RuntimeError, TypeError, ValueError) as error:  # names the argument and the reason
         print(f"cannot verify {args.model}: {error}", file=sys.stderr)
         return USER_ERROR
-    print(result.table(None if args.all else WORST))
-    print(
-        f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}: {result.summary}"
-    )
+    print(f"{result.table()}\n{result.summary}" if args.all else result)
+    print(f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}")
     return 0 if result.ok else 1
 
 

@@ -168,6 +168,9 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
         self._withdraw()
         return super().__call__(function)
 
+    def __repr__(self) -> str:
+        return f"fusedres.backend({self._name!r})"
+
     def __enter__(self) -> backend:
         self._withdraw()
         self._outer.append(_state.forced)

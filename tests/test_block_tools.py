@@ -153,6 +153,25 @@ def test_torch_func_grad(case):
     compare(run, *pair_of(case, training=False), randn(X))
 
 
+@blocks
+def test_torch_func_per_sample_gradients_and_tangents(case):
+    def run(block, x):
+        params, buffers = dict(block.named_parameters()), dict(block.named_buffers())
+
+        def loss(params, x):
+            return functional_call(block, (params, buffers), x[None]).square().sum()
+
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+        y, dy = torch.func.jvp(lambda x: functional_call(block, (params, buffers), x), (x,), (x,))
+        with torch.no_grad():
+            mapped = torch.func.vmap(lambda x: block(x[None]))(x)
+        return {"y": y.detach(), "tangent": dy.detach(), "mapped": mapped} | {
+            f"d{n}": g.detach() for n, g in grads.items()
+        }
+
+    compare(run, *pair_of(case, training=False), randn(X))
+
+
 # --- recomputation and second derivatives
 
 

@@ -157,7 +157,8 @@ def test_table(rich, monkeypatch):
     monkeypatch.setattr(reference, "batch_norm", lambda *args: 1.01 * right(*args))
     with fusedres.backend("reference"):
         bad = verify(network(), images())
-    assert len(str(good).splitlines()) == 2 + len(good.rows) + 1
+    assert len(str(good).splitlines()) == 3 + min(12, len(good.rows)) + 1
+    assert len(good.table().splitlines()) == 2 + len(good.rows)
     assert f"all {len(good.rows)} ok" in str(good) and "FAIL" not in str(good)
     assert f"1 of {len(bad.rows)} FAIL" in str(bad)
     lines = bad.table(worst=3).splitlines()

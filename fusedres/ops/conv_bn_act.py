@@ -45,6 +45,8 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
         return f"oneDNN runs on the CPU, x is on {x.device.type}"
     if forced_backend() == "reference":
         return "the reference backend was asked for"
+    if torch._C._are_functorch_transforms_active():
+        return "inside torch.func's transforms ops run as plain PyTorch"
     if not onednn_has(torch.float32):
         return "this PyTorch has no oneDNN, or it is switched off"
     if (missing := native.load_error()) is not None:

@@ -41,25 +41,24 @@ class Op:
     Plain tensors take the short way, straight to ``run`` or its autograd.Function: PyTorch's
     dispatcher costs 50 to 100 microseconds a call for an op that is written in Python. Whatever
     traces or wraps tensors (torch.compile, export, fake tensors) goes through the dispatcher.
-    functorch's transforms want a Function with ``setup_context``; for one, PyTorch inspects the
-    signature at every call, 50 microseconds that the plain one saves.
+    Inside torch.func's transforms (grad, vmap, jvp) an op is what it means: plain PyTorch.
     """
 
     dispatched: Callable
     run: Callable
+    meaning: Callable | None
     function: type[torch.autograd.Function] | None
-    transformable: type[torch.autograd.Function] | None
 
     def __call__(self, *args):
         tensors = [a for a in args if isinstance(a, Tensor)]
         if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, torch.nn.Parameter):
             return self.dispatched(*args)
+        if torch._C._are_functorch_transforms_active() and self.meaning is not None:
+            return self.meaning(*args)
         if self.function is None or not torch.is_grad_enabled():
             return self.run(*args)
         if not any(t.requires_grad for t in tensors):
             return self.run(*args)
-        if torch._C._are_functorch_transforms_active():
-            return self.transformable.apply(*args)
         return self.function.apply(*args)
 
 
@@ -116,8 +115,9 @@ def define(
         _public.impl(name, run, key)
     torch.library.register_fake(f"fusedres::{name}", fake, lib=_public)
     dispatched = getattr(torch.ops.fusedres, name)
+    meaning = composed or reference
     if backward is None:
-        return Op(dispatched, run, None, None)
+        return Op(dispatched, run, meaning, None)
     torch.library.register_autograd(
         f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
     )
@@ -127,13 +127,10 @@ def define(
         setup_context(ctx, args, output)
         return output
 
-    function = _function(name, forward=run_and_save, backward=backward)
-    transformable = _function(name, forward=run, setup_context=setup_context, backward=backward)
-    return Op(dispatched, run, function, transformable)
-
-
-def _function(name: str, **parts: Callable) -> type[torch.autograd.Function]:
-    return type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()})
+    # Not with setup_context: PyTorch then inspects the signature, 50 to 80 us a call.
+    parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), parts)
+    return Op(dispatched, run, meaning, function)
 
 
 def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
@@ -155,17 +152,6 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], d
     backward is wanted (double backward): the op's meaning is differentiated, not its kernel.
     """
     differentiable = torch.is_grad_enabled()
-    if torch._C._are_functorch_transforms_active():  # torch.func.grad and the like
-
-        def of_wanted(*wanted):
-            given = iter(wanted)
-            return fn(*[next(given) if n else t for t, n in zip(inputs, needed, strict=True)])
-
-        _, pull_back = torch.func.vjp(
-            of_wanted, *[t for t, n in zip(inputs, needed, strict=True) if n]
-        )
-        grads = iter(pull_back(dy))
-        return [next(grads) if need else None for need in needed]
     if not differentiable:
         inputs = [None if t is None else t.detach() for t in inputs]
     with torch.enable_grad():

@@ -24,6 +24,10 @@ from .table import render, size
 # What runs an op in one pass of its own. Anything else is PyTorch's eager execution.
 _FUSED_BACKENDS = ("native", "triton", "onednn")
 
+_GRAD_NOTE = (
+    "the model is in eval mode with gradients on, so its convolutions keep what a backward needs;"
+    " under torch.no_grad() each is one conv_bn_act call"
+)
 _NAN_NOTE = (
     "conv_bn_act on onednn: where its activation is ReLU, a NaN becomes 0; PyTorch's ReLU keeps it"
 )
@@ -52,11 +56,16 @@ class Row:
         return self.backend in _FUSED_BACKENDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What one forward of a model ran, in the order it ran. ``str()`` is a table."""
+    """What one forward of a model ran, in the order it ran. ``str()`` is a table.
+
+    ``notes`` say where a backend's results differ from PyTorch's by more than rounding, and what
+    keeps the model from its fastest form.
+    """
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -77,12 +86,6 @@ class Explanation:
         """The share of eager's memory traffic that belongs to fused ops: 0 to 1."""
         return sum(row.eager_bytes for row in self.rows if row.fused) / (self.eager_bytes or 1)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Where a backend's results differ from PyTorch's by more than rounding."""
-        relu_in_onednn = any(r.op == "conv_bn_act" and r.backend == "onednn" for r in self.rows)
-        return (_NAN_NOTE,) if relu_in_onednn else ()
-
     def __str__(self) -> str:
         columns = "module", "op", "backend", "launches", "moved", "eager moves", "reason"
         rows = [
@@ -93,9 +96,13 @@ class Explanation:
             for r in self.rows
         ]  # fmt: skip
         totals = str(self.launches), size(self.bytes_moved), size(self.eager_bytes)
-        rows.append(("total", f"{len(self.rows)} rows", "", *totals, f"{self.fused:.0%} fused"))
+        share = f"{self.fused:.0%} of eager's traffic is in fused ops"
+        rows.append(("total", f"{len(self.rows)} rows", "", *totals, share))
         table = render(columns, rows, numeric=columns[3:6])
         return "\n".join([table, *(f"note: {note}" for note in self.notes)])
+
+    def __repr__(self) -> str:
+        return f"Explanation({len(self.rows)} rows, {self.fused:.0%} fused)"
 
 
 def explain(model: nn.Module, *inputs) -> Explanation:
@@ -127,7 +134,14 @@ def explain(model: nn.Module, *inputs) -> Explanation:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with _same_random_state(model, inputs), recorder.listening():
         torch.func.functional_call(model, buffers, inputs)
-    return Explanation(tuple(recorder.rows))
+    return Explanation(tuple(recorder.rows), tuple(_notes(model, recorder.rows)))
+
+
+def _notes(model: nn.Module, rows: list[Row]) -> Iterator[str]:
+    if any(row.op == "conv_bn_act" and row.backend == "onednn" for row in rows):
+        yield _NAN_NOTE
+    if not model.training and any(row.op == "conv_stats" for row in rows):
+        yield _GRAD_NOTE
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -168,11 +182,12 @@ class _Recorder:
     def listening(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(dispatch.observe(self._on_event))
-            for handle in (
-                hooks.register_module_forward_pre_hook(self._on_enter),
-                hooks.register_module_forward_hook(self._on_leave, with_kwargs=True),
-            ):
-                stack.callback(handle.remove)
+            before = hooks.register_module_forward_pre_hook(self._on_enter)
+            stack.callback(before.remove)
+            after = hooks.register_module_forward_hook(self._on_leave, with_kwargs=True)
+            stack.callback(after.remove)
+            # remove() forgets this one, and torch.compile then warns of a hook (PyTorch 2.13).
+            stack.callback(hooks._global_forward_hooks_with_kwargs.pop, after.id, None)
             yield
 
     @only_listens

@@ -60,9 +60,13 @@ class Row:
         return self.errors.ok
 
 
-@dataclass(frozen=True)
+NEAREST = 12  # rows that str() shows, besides failing ones
+
+
+@dataclass(frozen=True, repr=False)
 class Verification:
-    """What ``verify`` compared. ``str()`` is a table of every row."""
+    """What ``verify`` compared. ``str()`` is a table of the rows nearest to their bounds, and of
+    every failing one; ``table()`` has all of them."""
 
     rows: tuple[Row, ...]
 
@@ -94,7 +98,12 @@ class Verification:
         return render(columns, rows, numeric=columns[1:7])
 
     def __str__(self) -> str:
-        return f"{self.table()}\n{self.summary}"
+        more = "" if len(self.rows) <= NEAREST else f", the {NEAREST} nearest to their bounds"
+        head = f"distances from float64{more} (bound: what is allowed)"
+        return f"{head}\n{self.table(NEAREST)}\n{self.summary}"
+
+    def __repr__(self) -> str:
+        return f"Verification({self.summary})"
 
 
 def _number(x: float) -> str:
