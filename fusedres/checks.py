@@ -70,11 +70,11 @@ def activation(name: str, act: str) -> None:
     one_of(name, act, reference.ACTIVATIONS)
 
 
-def bn_numbers(momentum: float | None, eps: float) -> None:
+def bn_numbers(momentum: float | None, eps: float, training: bool = False) -> None:
     if momentum is not None and not momentum >= 0:
         raise ValueError(f"momentum: wanted None or a number >= 0, got {momentum}")
-    if not eps >= 0:
-        raise ValueError(f"eps: wanted a number >= 0, got {eps}")
+    if not eps >= 0 or (training and eps == 0):  # PyTorch, too, refuses 0 in training
+        raise ValueError(f"eps: wanted a number {'>' if training else '>='} 0, got {eps}")
 
 
 def more_than_one_value(x: Tensor) -> None:
@@ -89,7 +89,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     """The arguments that every batch norm function takes."""
     floating("input", x)
     at_least_2d("input", x)
-    bn_numbers(momentum, eps)
+    bn_numbers(momentum, eps, training)
     params = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     for name, p in params.items():
         if p is not None:

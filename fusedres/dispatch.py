@@ -108,6 +108,12 @@ def choose(op: str, x: Tensor) -> Choice:
     return Choice(name, "; ".join(reasons) or None)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x`` (devices like meta have none)."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

@@ -28,12 +28,19 @@ def _channels_innermost(x: Tensor) -> bool:
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x`` itself when it is dense in the format of ``like`` (default: its own), else a copy."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return x  # vmap knows no memory formats, and ops are plain PyTorch there
     return x.contiguous(memory_format=memory_format(x if like is None else like))
 
 
 def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """An optional second operand, dense in the format of ``x``."""
     return None if t is None else dense(t, like=x)
+
+
+def in_layout(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Optional tensors, dense in ``layout``."""
+    return [None if t is None else t.contiguous(memory_format=layout) for t in tensors]
 
 
 def rows_cols(x: Tensor) -> tuple[int, int]:

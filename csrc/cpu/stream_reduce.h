@@ -18,21 +18,29 @@ struct Sums {
   double total2[kMaxColumns];
 };
 
+// A shift by an infinite value would make NaN of an infinite mean.
+template <typename S>
+FR_INLINE Vec<S> finite_or_zero(Vec<S> v) {
+  const Vec<S> zero = v - v;  // NaN where v is not finite
+  return select(zero <= Vec<S>(0), v, Vec<S>(0));
+}
+
 template <typename T, bool kPartial>
 FR_INLINE Vec<acc_of<T>> shift_of(const T* x, int64_t ld, int64_t rows, int n) {
   Vec<acc_of<T>> row[kRowsAtOnce];
-  if (rows < kRowsAtOnce) return load_n<kPartial>(x, n);
+  if (rows < kRowsAtOnce) return finite_or_zero(load_n<kPartial>(x, n));
   for (int64_t i = 0; i < kRowsAtOnce; ++i) row[i] = load_n<kPartial>(x + i * ld, n);
   // a tree: the mean of equal values is that value, and a constant channel has variance zero
   for (int64_t width = kRowsAtOnce / 2; width > 0; width /= 2) {
     for (int64_t i = 0; i < width; ++i) row[i] = row[i] + row[i + width];
   }
-  return row[0] * Vec<acc_of<T>>(acc_of<T>(1) / kRowsAtOnce);
+  const Vec<acc_of<T>> mean = row[0] * Vec<acc_of<T>>(acc_of<T>(1) / kRowsAtOnce);
+  return finite_or_zero(mean);
 }
 
 // Shifts each column by about its mean, and clears its sums. The mean of 8 rows, not one row: with
 // an outlier of size A as the shift, a tile of 128 rows would cancel 128 * A^2 against A^2. A mean
-// alone is summed as it is: a shift by an infinite value would make NaN of an infinite mean.
+// alone is summed as it is.
 template <typename T, bool kVariance>
 __attribute__((noinline)) void choose_shift(const T* x, Tile t, Sums<acc_of<T>>& s) {
   const int64_t used = t.full > 0 ? t.columns : t.rest;

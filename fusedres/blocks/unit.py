@@ -77,9 +77,7 @@ def _misfit(unit: Unit, x: Tensor) -> str | None:
 
 def autocasts(*tensors: Tensor) -> bool:
     """Whether autocast converts these operands of a convolution."""
-    return torch.is_autocast_enabled(tensors[0].device.type) and all(
-        t.dtype != torch.float64 for t in tensors
-    )
+    return dispatch.autocasts(tensors[0]) and all(t.dtype != torch.float64 for t in tensors)
 
 
 def operands(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -193,7 +193,7 @@ def _add_scaled(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a convolution of ``x``."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and dispatch.autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
 
@@ -143,12 +144,14 @@ def derived_class(original: type) -> type:
 
 def _fused_method(original: type, recipe: Recipe) -> Callable[..., Tensor]:
     unfused, fused = getattr(original, recipe.method), recipe.forward
+    _, name, *_ = inspect.signature(unfused).parameters
 
     @functools.wraps(unfused)
     def forward(self: nn.Module, *args, **kwargs) -> Tensor:
-        inputs = (*args, *kwargs.values())
+        inputs = args if args or name not in kwargs else (kwargs[name],)
         # Tracers record the original's code: their graphs are for tools that know PyTorch's ops.
-        if len(inputs) != 1 or isinstance(inputs[0], fx.Proxy) or torch.jit.is_tracing():
+        symbolic = torch.jit.is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs)
+        if symbolic or len(inputs) != 1 or len(args) + len(kwargs) != 1:
             return unfused(self, *args, **kwargs)
         return fused(self, inputs[0])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..layout import dense, mask_shape, pack_mask, unpack_mask
+from ..layout import in_layout, mask_shape, memory_format, pack_mask, unpack_mask
 from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
@@ -70,6 +70,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, residual, _, _, ctx.batch_stats, ctx.eps, ctx.act, save_mask = inputs
     _, mean, var, mask = output
     ctx.has_residual = residual is not None
+    ctx.layout = memory_format(x)
     # A residual is kept only for an activation whose derivative no mask can hold.
     keep = residual if not save_mask and ctx.act != "identity" else None
     ctx.save_for_backward(x, weight, bias, keep, mean, var, mask)
@@ -83,7 +84,8 @@ def _backward(ctx, dy, *_):
         return None, None, None, None, *none
     x, weight, bias, residual, mean, var, mask = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    dy = dense(dy, like=x)
+    # The mask is in x's layout, and hooks on saved tensors may hand out x in another.
+    dy, x, residual = in_layout(ctx.layout, dy, x, residual)
     if by_reference("bn_act", x):
         inputs = (x, weight, bias, residual)
         return *_differentiable_backward(ctx, dy, inputs, mean, var, mask, needed), *none

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ..layout import dense, mask_shape, pack_mask, unpack_mask
+from ..layout import in_layout, mask_shape, memory_format, pack_mask, unpack_mask
 from .bn_act import fake_stats
 from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 from .squeeze_excite import cast_like, fake_mlp, fake_mlp_grads, mlp_bytes, mlp_flops
@@ -65,6 +65,7 @@ def _setup_context(ctx, inputs, output):
     ctx.se_act, ctx.gate, ctx.act, save_mask = inputs[12:]
     _, mean, var, squeezed, hidden, logits, mask = output
     ctx.has_residual = residual is not None
+    ctx.layout = memory_format(x)
     keep = residual if not save_mask and ctx.act != "identity" else None
     params = x, weight, bias, w1, b1, w2, b2, keep
     ctx.save_for_backward(*params, mean, var, squeezed, hidden, logits, mask)
@@ -78,7 +79,8 @@ def _backward(ctx, dy, *_):
     x, weight, bias, w1, b1, w2, b2, residual, mean, var, *saved = ctx.saved_tensors
     squeezed, hidden, logits, mask = saved
     needed = ctx.needs_input_grad[:8]
-    dy = dense(dy, like=x)
+    # The mask is in x's layout, and hooks on saved tensors may hand out x in another.
+    dy, x, residual = in_layout(ctx.layout, dy, x, residual)
     if by_reference("bn_se_act", x):
         inputs = (x, weight, bias, w1, b1, w2, b2, residual)
         return *_differentiable_backward(ctx, dy, inputs, mean, var, mask, needed), *[None] * 8

@@ -18,7 +18,7 @@ from ..dispatch import Choice, forced_backend
 from ..layout import conv_memory_format, dense
 from . import bn_act
 from .convolution import conv_flops, conv_numel, convolution, onednn_has, upcasts
-from .define import Traffic, define, numel_bytes
+from .define import Traffic, define, numel_bytes, transformed
 from .packing import folded_and_packed
 
 SCHEMA = (
@@ -45,7 +45,7 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
         return f"oneDNN runs on the CPU, x is on {x.device.type}"
     if forced_backend() == "reference":
         return "the reference backend was asked for"
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return "inside torch.func's transforms ops run as plain PyTorch"
     if not onednn_has(torch.float32):
         return "this PyTorch has no oneDNN, or it is switched off"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..layout import dense, unpack_mask
+from ..layout import dense, in_layout, memory_format, unpack_mask
 from ..reference import masked_activation
 from . import bn_act, bn_se_act, conv_stats
 from .convolution import Geometry, convolution
-from .define import vjp
+from .define import transformed, vjp
 
 RECOMPUTE_MAX_CHANNELS = 128
 
@@ -37,7 +37,7 @@ class Tail:
 def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether repeating a convolution in the backward is cheaper than keeping its result."""
     # The compiler decides by itself what to keep; functorch's levels do not survive a nested vjp.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transformed():
         return False
     if dispatch.choose("bn_act", x).backend == "reference":
         return False
@@ -92,10 +92,13 @@ def _split(tensors):
 class _ConvTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *tensors):
-        ctx.spec = spec
         y, mean, var, *rest = _forward(spec, x, *tensors)
-        # The residual's value is in the mask, or (identity) not needed at all.
+        ctx.spec, ctx.layout = spec, memory_format(y)
+        # The residual's value is in the mask, or (identity) not needed at all. Running statistics
+        # may be updated in place before the backward: keep the values.
         kept = [None if i == 12 else t for i, t in enumerate(tensors)]
+        for i, batch_stats in ((2, spec[2][0]), (3, spec[2][0]), (13, False), (14, False)):
+            kept[i] = kept[i] if batch_stats or kept[i] is None else kept[i].clone()
         ctx.save_for_backward(x, *kept, mean, var, *rest)
         ctx.mark_non_differentiable(mean, var, *rest)
         ctx.set_materialize_grads(False)
@@ -109,14 +112,16 @@ class _ConvTail(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         tensors, (mean, var, *rest) = saved[:15], saved[15:]
         if torch.is_grad_enabled():
+            dy, *_ = in_layout(ctx.layout, dy)
             return None, *_backward_of_backward(ctx.spec, x, tensors, rest[-1], dy, needed)
         tail, geometry, bn_rest, _ = ctx.spec
         bn, (weight, bias), norm, mlp, _, _ = _split(tensors)
         h = conv_stats.prologue(x, *bn, *bn_rest)
-        raw = dense(convolution(h, weight, bias, geometry))
+        # The mask is in the result's layout; hooks on saved tensors may change that of x.
+        raw, dy = in_layout(ctx.layout, convolution(h, weight, bias, geometry), dy)
         needs_residual = needed[13]
         draw, dnorm, dmlp, dresidual = _tail_backward(
-            dense(dy, like=raw), raw, tail, norm, mlp, mean, var, rest, needs_residual
+            dy, raw, tail, norm, mlp, mean, var, rest, needs_residual
         )
         inputs = x, *bn[:2], weight, bias
         which = needed[0], needed[1], needed[2], needed[5], needed[6]
@@ -159,7 +164,7 @@ def _backward_of_backward(spec, x, tensors, mask, dy, needed):
         linear = Tail(tail.batch_stats, tail.eps, "identity", tail.se)
         act = linear if has_residual else tail
         y = _forward((act, *others[:2], False), x, *tensors)[0]
-        return masked_activation(y, tail.act, unpack_mask(mask, y)) if has_residual else y
+        return masked_activation(y, tail.act, unpack_mask(mask, dy)) if has_residual else y
 
     tensors = list(tensors)
     if needed[13]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import dispatch
 
@@ -41,7 +42,8 @@ class Op:
     Plain tensors take the short way, straight to ``run`` or its autograd.Function: PyTorch's
     dispatcher costs 50 to 100 microseconds a call for an op that is written in Python. Whatever
     traces or wraps tensors (torch.compile, export, fake tensors) goes through the dispatcher.
-    Inside torch.func's transforms (grad, vmap, jvp) an op is what it means: plain PyTorch.
+    Inside torch.func's transforms and forward-mode differentiation an op is what it means: plain
+    PyTorch.
     """
 
     dispatched: Callable
@@ -53,13 +55,18 @@ class Op:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, torch.nn.Parameter):
             return self.dispatched(*args)
-        if torch._C._are_functorch_transforms_active() and self.meaning is not None:
+        if self.meaning is not None and transformed():
             return self.meaning(*args)
         if self.function is None or not torch.is_grad_enabled():
             return self.run(*args)
         if not any(t.requires_grad for t in tensors):
             return self.run(*args)
         return self.function.apply(*args)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation wants more of an op than a backward."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def define(
@@ -105,7 +112,7 @@ def define(
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:
             kernel = reference
-        if not torch.is_autocast_enabled(x.device.type):
+        if not dispatch.autocasts(x):
             return kernel(*args)
         # Autocast has done its casts before an op is called; inside they would be wrong.
         with torch.autocast(x.device.type, enabled=False):
@@ -152,9 +159,12 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], d
     backward is wanted (double backward): the op's meaning is differentiated, not its kernel.
     """
     differentiable = torch.is_grad_enabled()
-    if not differentiable:
-        inputs = [None if t is None else t.detach() for t in inputs]
     with torch.enable_grad():
+        # Aliases: where one input was computed from another (or is it), the derivative by each is
+        # through its own place in fn alone. The path between them is the caller's graph's.
+        inputs = [
+            None if t is None else t.view_as(t) if differentiable else t.detach() for t in inputs
+        ]
         for t, need in zip(inputs, needed, strict=True):
             if need and not t.requires_grad:
                 t.requires_grad_()

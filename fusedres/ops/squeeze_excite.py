@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..layout import dense, mask_shape, pack_mask, unpack_mask
+from ..layout import in_layout, mask_shape, memory_format, pack_mask, unpack_mask
 from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
@@ -64,6 +64,7 @@ def _setup_context(ctx, inputs, output):
     x, w1, b1, w2, b2, residual, ctx.act, ctx.gate, ctx.post_act, save_mask = inputs
     _, squeezed, hidden, logits, mask = output
     ctx.has_residual = residual is not None
+    ctx.layout = memory_format(x)
     keep = residual if not save_mask and ctx.post_act != "identity" else None
     ctx.save_for_backward(x, w1, b1, w2, b2, keep, squeezed, hidden, logits, mask)
     ctx.mark_non_differentiable(squeezed, hidden, logits, mask)
@@ -75,7 +76,8 @@ def _backward(ctx, dy, *_):
         return (None,) * 10
     x, w1, b1, w2, b2, residual, squeezed, hidden, logits, mask = ctx.saved_tensors
     needed = ctx.needs_input_grad[:6]
-    dy = dense(dy, like=x)
+    # The mask is in x's layout, and hooks on saved tensors may hand out x in another.
+    dy, x, residual = in_layout(ctx.layout, dy, x, residual)
     if by_reference("squeeze_excite", x):
         inputs = (x, w1, b1, w2, b2, residual)
         return *_differentiable_backward(ctx, dy, inputs, mask, needed), *[None] * 4
