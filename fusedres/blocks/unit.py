@@ -95,9 +95,9 @@ def value(state: State) -> Tensor:
     return state.raw if isinstance(state, Pending) else state
 
 
-def materialise(state: State) -> Tensor:
+def materialise(state: State | None) -> Tensor | None:
     """The tensor that a state stands for."""
-    if isinstance(state, Tensor):
+    if not isinstance(state, Pending):
         return state
     weight, bias, *bn = state.prologue
     return bn_act.op(dense(state.raw), weight, bias, None, *bn, False)[0]
