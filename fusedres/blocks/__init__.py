@@ -1,5 +1,6 @@
 """Drop-in modules. Their ``forward`` is written in the functions of ``chain``."""
 
+from .drop_path import DropPath
 from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 
@@ -8,6 +9,7 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "DropPath",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",

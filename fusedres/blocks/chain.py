@@ -18,7 +18,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import dispatch, reference
 from .. import functional as F
 from ..ops import conv_bn_act
 from .recognise import act_of, hooked, se_of, wants_grad
@@ -116,6 +116,12 @@ def add_act(
     residual = residual.to(branch.dtype)
     y = F.residual_mix(branch, residual, row_scale=scale, act=name or "identity")
     return y if name is not None else act(y)
+
+
+def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
+    """``act(x)`` where x must stay as it is: a block's ReLU may work in place."""
+    name = act_of(act)
+    return act(x.clone()) if name is None else reference.ACTIVATIONS[name](x)
 
 
 def _symbolic(x) -> bool:

@@ -5,6 +5,8 @@ The squeeze-excite and norm inside a block are modules of their own and have the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,22 +15,34 @@ from .recipe import Recipe
 
 
 def basic_block(self: nn.Module, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.bn2(self.conv2(out))
-    return _add_shortcut(self, out, x)
+    def branch() -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out))
+
+    return _add_shortcut(self, branch, x)
 
 
 def bottleneck(self: nn.Module, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.relu(self.bn2(self.conv2(out)))
-    out = self.bn3(self.conv3(out))
-    return _add_shortcut(self, out, x)
+    def branch() -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out))
+
+    return _add_shortcut(self, branch, x)
 
 
-def _add_shortcut(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    if hasattr(block, "se"):
+def _add_shortcut(block: nn.Module, branch: Callable[[], Tensor], x: Tensor) -> Tensor:
+    runs, scale = (True, None) if block.drop_path is None else block.drop_path.plan(x)
+    out = branch() if runs else None
+    if runs and hasattr(block, "se"):
         out = block.se(out)
-    shortcut = x if block.downsample is None else block.downsample(x)
+    if not block.residual:
+        return block.relu(out)
+    if scale is not None and runs:
+        out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
+    shortcut = x.clone() if block.downsample is None else block.downsample(x)
+    if not runs:
+        return block.relu(shortcut)
     return block.relu(out + shortcut.to(out.dtype))  # torchvision adds into the branch: its dtype
 
 
