@@ -1,4 +1,7 @@
-"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation."""
+"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation.
+
+The networks of other forms have files of their own; every model is found here.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,27 @@ from .blocks import BasicBlock, Bottleneck, DropPath, SEBasicBlock, SEBottleneck
 from .blocks.chain import chain
 from .blocks.drop_path import linear_decay
 from .blocks.resnet import conv1x1
+from .preact import (
+    PreActResNet,
+    WideResNet,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+    wide_resnet28_10,
+    wide_resnet40_2,
+)
 
 __all__ = [
+    "PreActResNet",
     "ResNet",
+    "WideResNet",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -27,6 +48,8 @@ __all__ = [
     "se_resnet50",
     "se_resnet101",
     "se_resnet152",
+    "wide_resnet28_10",
+    "wide_resnet40_2",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -2,6 +2,7 @@
 
 from .drop_path import DropPath
 from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from .preact import PreActBasicBlock, PreActBottleneck, PreActStage
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 
 __all__ = [
@@ -10,6 +11,9 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "DropPath",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActStage",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",

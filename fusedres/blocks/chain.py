@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .. import dispatch, reference
 from .. import functional as F
 from ..ops import conv_bn_act
+from ..ops.convolution import conv_shape
 from .recognise import act_of, hooked, se_of, wants_grad
-from .training import conv_shape, convolve, tail
+from .training import convolve, tail
 from .unit import (
     Batch,
     Pending,
@@ -63,7 +64,7 @@ def chain(
     state: State = x
     batches: list[Batch] = []
     for conv, norm, act in triples[:-1]:
-        state = _step(state, conv, norm, act, batches)
+        state = step(state, conv, norm, act, batches)
     y = _last(state, *triples[-1], residual, se, scale, batches)
     for batch in batches:  # last: an error above leaves the running statistics as they were
         track(*batch)
@@ -85,7 +86,7 @@ def project(x: Tensor, modules: list[nn.Module], batches: list[Batch]) -> State:
     *before, conv, norm = modules if ends_in_norm else (*modules, None, None)
     for module in before:
         x = module(x)
-    return _step(x, conv, norm, None, batches) if ends_in_norm else x
+    return step(x, conv, norm, None, batches) if ends_in_norm else x
 
 
 def settled(residual: partial[State]) -> Tensor:
@@ -106,7 +107,7 @@ def add_act(
     """``act(scale * branch + residual)``, ``scale`` [N]."""
     if residual is None and scale is None:
         return activate(branch, act)
-    fits = residual is not None and not _symbolic(branch)
+    fits = residual is not None and not symbolic(branch)
     if not fits or residual.shape != branch.shape or residual.device != branch.device:
         if scale is not None:
             branch = branch * scale.to(branch.dtype).view(-1, 1, 1, 1)
@@ -124,14 +125,14 @@ def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
     return act(x.clone()) if name is None else reference.ACTIVATIONS[name](x)
 
 
-def _symbolic(x) -> bool:
+def symbolic(x) -> bool:
     """FX traces the modules as they are: its graphs are for tools that know PyTorch's layers."""
     return isinstance(x, torch.fx.Proxy)
 
 
-def _step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
+def step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
     """A triple that is not the last."""
-    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         return activate(_unfused(state, conv, norm, unit), act)
     if _in_one_call(unit, state):
@@ -146,7 +147,7 @@ def _last(state: State, conv, norm, act, residual, se, scale, batches: list[Batc
     """The last triple and the block's tail: squeeze-excite, scale, residual and activation."""
     if isinstance(residual, partial):
         residual = residual(batches=batches)
-    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         branch = _unfused(state, conv, norm, unit)
         return _finish(branch, materialise(residual), se, act, scale and scale(branch))
@@ -164,9 +165,8 @@ def _last(state: State, conv, norm, act, residual, se, scale, batches: list[Batc
         return _finish(materialise(pending), materialise(residual), se, act, scale)
     if se is not None:
         return _finish(_conv_bn_act(unit, state, None, "identity"), residual, se, act)
-    if residual is None or (
-        residual.shape == conv_shape(unit, state) and residual.device == state.device
-    ):
+    shape = conv_shape(state, unit.conv.weight, unit.geometry)
+    if residual is None or (residual.shape == shape and residual.device == state.device):
         y = _conv_bn_act(unit, state, residual, unit.act)
         return y if unit.then is None else unit.then(y)
     return add_act(_conv_bn_act(unit, state, None, "identity"), residual, act)
@@ -185,7 +185,7 @@ def _finish(
         return add_act(branch, residual, act, scale)
     if scale is not None:
         return add_act(_finish(branch, None, se, None), residual, act, scale)
-    mlp = "FX tracing" if _symbolic(branch) else se_of(se)
+    mlp = "FX tracing" if symbolic(branch) else se_of(se)
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
     if not fits:
         if isinstance(mlp, str):

@@ -101,6 +101,21 @@ def drop_path_of(drop_path: float | DropPath | nn.Module) -> DropPath | None:
     return DropPath(drop_path) if drop_path else None
 
 
+def set_shortcut(
+    block: nn.Module, downsample: nn.Module | None, drop_path: float | DropPath, residual: bool
+) -> None:
+    """Gives a block the attributes that say what its branch is added to, and when.
+
+    Raises:
+        ValueError: a downsample or drop_path in a block that has no shortcut.
+    """
+    if not residual and (downsample is not None or drop_path):
+        raise ValueError("residual: wanted True with a downsample or drop_path, got False")
+    block.downsample = downsample
+    block.drop_path = drop_path_of(drop_path)
+    block.residual = residual
+
+
 def linear_decay(rate: float, blocks: int) -> list[float]:
     """Each block's probability, from 0 for the first to ``rate`` for the last.
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from .chain import Triple, activate_copy, chain, settled, shortcut
-from .drop_path import DropPath, drop_path_of
+from .drop_path import DropPath, set_shortcut
 from .layers import SqueezeExcite
 
 
@@ -35,16 +35,6 @@ class _Block(nn.Module):
     def __new__(cls, *args, **kwargs):
         _adopt_torchvision(cls)
         return super().__new__(cls)
-
-    def _shortcut_of(
-        self, downsample: nn.Module | None, drop_path: float | DropPath, residual: bool
-    ) -> None:
-        """Takes over the arguments that say what the branch is added to, and when."""
-        if not residual and (downsample is not None or drop_path):
-            raise ValueError("residual: wanted True with a downsample or drop_path, got False")
-        self.downsample = downsample
-        self.drop_path = drop_path_of(drop_path)
-        self.residual = residual
 
     def _add_to_shortcut(self, x: Tensor, *triples: Triple) -> Tensor:
         """``relu(drop_path(se(branch(x))) + shortcut(x))``; the branch alone if not residual."""
@@ -120,7 +110,7 @@ class BasicBlock(_Block):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
-        self._shortcut_of(downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +157,7 @@ class Bottleneck(_Block):
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self._shortcut_of(downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,15 +10,16 @@ from ..layout import conv_memory_format, dense
 from ..ops import conv_stats
 from ..ops.bn_act import saves_mask
 from ..ops.conv_tail import Tail, conv_tail, tail_op, worth_recomputing
+from ..ops.convolution import conv_shape
 from .recognise import SE, se_of, wants_grad
 from .unit import Batch, Pending, State, Unit, activate, materialise, operands, value
 
-_NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
+NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
 
 
 def convolve(unit: Unit, state: State) -> Pending:
     """The unit's convolution of ``state``; its own norm and activation are left pending."""
-    prologue = state.prologue if isinstance(state, Pending) else _NO_PROLOGUE
+    prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
     x, weight, bias = operands(value(state), unit.conv)
     raw, mean, var = conv_stats.op(
         x, *prologue, weight, bias, *unit.geometry, unit.norm.batch_stats
@@ -45,7 +46,7 @@ def tail(
         return None
     norm, params = unit.norm, _mlp_params(mlp)
     x, weight, bias = operands(value(state), unit.conv)
-    out = conv_shape(unit, x)
+    out = conv_shape(x, weight, unit.geometry)
     side, side_norm = (None,) * 4, None
     if mlp is not None:
         residual = materialise(residual)
@@ -86,14 +87,3 @@ def _mlp_params(se: SE | None) -> tuple:
 
 def _graded(state: State) -> tuple[Tensor | None, ...]:
     return (state.norm.weight, state.norm.bias) if isinstance(state, Pending) else ()
-
-
-def conv_shape(unit: Unit, x: Tensor) -> torch.Size:
-    """The shape of the unit's result."""
-    stride, padding, dilation, _ = unit.geometry
-    kernel = unit.conv.kernel_size
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    return torch.Size((x.shape[0], unit.conv.out_channels, *size))
