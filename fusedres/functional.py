@@ -261,7 +261,7 @@ def batch_norm_se_act(
 
 def residual_add(
     branch: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -277,7 +277,7 @@ def residual_add(
 
     Args:
         branch: [N, C, ...].
-        shortcut: of branch's shape, dtype and device.
+        shortcut: of branch's shape, dtype and device; None leaves it out.
         weight, bias, shortcut_weight: [C] or one element; any floating dtype.
         scale: [N], [N, 1] or [N, C]; any floating dtype.
         act: as in ``batch_norm_act``.

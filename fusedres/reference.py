@@ -133,10 +133,11 @@ def residual_add(x, map, shortcut, shortcut_map, scale, act) -> tuple[Tensor, Te
     branch and projection shortcut, LayerScale, SkipInit. ``scale`` is [N, 1] (stochastic depth,
     Huang et al. 2016) or [N, C] (a squeeze-excite gate).
     """
-    branch, shortcut = channel_map(x, *map), channel_map(shortcut, *shortcut_map)
+    z = channel_map(x, *map)
     if scale is not None:
-        branch = branch * scale.to(x.dtype)[(...,) + (None,) * (x.dim() - 2)]
-    z = branch + shortcut
+        z = z * scale.to(x.dtype)[(...,) + (None,) * (x.dim() - 2)]
+    if shortcut is not None:
+        z = z + channel_map(shortcut, *shortcut_map)
     return ACTIVATIONS[act](z), z
 
 

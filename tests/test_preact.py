@@ -213,11 +213,14 @@ def test_a_network_is_timms(name):
 
 def test_drop_path_rates_and_numbers_are_timms():
     options = dict(num_classes=3, drop_path_rate=0.5)
-    ours, peer = (
-        fusedres.models.preact_resnet18(**options),
-        timm.create_model("resnetv2_18", **options),
-    )
+    ours = fusedres.models.preact_resnet18(**options)
+    peer = timm.create_model("resnetv2_18", **options)
     ours.load_state_dict(randomise(peer).state_dict())
+    for name, m in peer.named_modules():
+        if isinstance(m, timm.layers.DropPath):
+            drop = ours.get_submodule(name)
+            assert torch.tensor(drop.p) == torch.tensor(m.drop_prob)  # timm's are of float32
+            drop.p = m.drop_prob
     x = zoo.images(6, 33).double()
     torch.testing.assert_close(*(zoo.train_step(m.double(), x) for m in (ours, peer)))
 
@@ -265,8 +268,8 @@ class PaperWideResNet(nn.Module):
     def __init__(self, depth: int, k: int, classes: int, dropout: float):
         super().__init__()
         widths, n = [16, 16 * k, 32 * k, 64 * k], (depth - 4) // 6
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         self.plan, self.p = [], dropout
         for stage in range(3):
             for i in range(n):

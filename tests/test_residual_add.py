@@ -290,7 +290,20 @@ def test_opcheck_of_the_backward(layout):
     no_mask = torch.empty(0, dtype=torch.uint8)
     dy = randn((3, 5, 3, 3), layout=layout)
     for sums in (True, False):
-        args = dy, *tensors, t["scale"], no_mask, sums, sums, EPS, SIDE_EPS, "silu", sums, sums
+        args = (
+            dy,
+            *tensors,
+            t["scale"],
+            no_mask,
+            sums,
+            sums,
+            EPS,
+            SIDE_EPS,
+            "silu",
+            sums,
+            sums,
+            True,
+        )
         torch.library.opcheck(torch.ops.fusedres.residual_add_backward, args)
 
 
@@ -360,7 +373,7 @@ def test_bytes_moved():
         _, mask, *_ = torch.ops.fusedres.residual_add(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("residual_add", 3 * 1024 + 32)]
     assert events[0].eager_bytes == 10 * 1024  # RW + RW + RRW + RW + R
-    args = x, *args[:11], mask, True, True, EPS, EPS, "relu", True, True
+    args = x, *args[:11], mask, True, True, EPS, EPS, "relu", True, True, True
     assert backward_bytes_moved(*args) == 8 * 1024 + 2 * 32  # RRR (sums) + RRRWW, the mask twice
-    args = x, None, *args[2:6], None, *args[7:-2], False, False
+    args = x, None, *args[2:6], None, *args[7:-3], False, False, True
     assert backward_bytes_moved(*args) == 3 * 1024 + 32  # R + WW, the mask

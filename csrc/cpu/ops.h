@@ -39,7 +39,7 @@ Tensors8 bn_se_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bia
                             bool need_dresidual);
 
 Tensors4 residual_add(Tensor x, OptTensor weight, OptTensor bias, OptTensor mean, OptTensor var,
-                      Tensor shortcut, OptTensor shortcut_weight, OptTensor shortcut_bias,
+                      OptTensor shortcut, OptTensor shortcut_weight, OptTensor shortcut_bias,
                       OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
                       bool batch_stats, bool shortcut_batch_stats, double eps, double shortcut_eps,
                       std::string act, bool save_mask, bool stats);
@@ -49,7 +49,7 @@ Tensors7 residual_add_backward(Tensor dy, OptTensor x, OptTensor weight, OptTens
                                OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
                                Tensor mask, bool batch_stats, bool shortcut_batch_stats, double eps,
                                double shortcut_eps, std::string act, bool need_sums,
-                               bool need_shortcut_sums);
+                               bool need_shortcut_sums, bool need_dshortcut);
 
 Tensors2 residual_mix(Tensor branch, Tensor shortcut, OptTensor gate, OptTensor row_scale,
                       double alpha, double beta, std::string act, bool save_mask);

@@ -78,8 +78,8 @@ struct ResidualAdd {
 };
 
 template <typename acc_t>
-Tensors4 forward(const View& v, const Tensor& x, const Map& a, const Tensor& shortcut, const Map& b,
-                 const OptTensor& scale, Act act, bool save_mask, bool stats) {
+Tensors4 forward(const View& v, const Tensor& x, const Map& a, const OptTensor& shortcut,
+                 const Map& b, const OptTensor& scale, Act act, bool save_mask, bool stats) {
   const ResidualAdd<acc_t> k(v, a, b, scale);
   Tensor y = torch::stable::empty_like(x);
   Tensor mask = new_mask(v, x, save_mask);
@@ -167,10 +167,11 @@ ChannelSums channel_sums(const ResidualAdd<acc_t>& k, UMode mode, const StreamPa
 template <typename acc_t>
 Tensors7 backward(const View& v, const Tensor& dy, const OptTensor& x, const Map& a,
                   const OptTensor& shortcut, const Map& b, const OptTensor& scale,
-                  const Tensor& mask, Act act, bool need_sums, bool need_shortcut_sums) {
+                  const Tensor& mask, Act act, bool need_sums, bool need_shortcut_sums,
+                  bool need_dshortcut) {
   const ResidualAdd<acc_t> k(v, a, b, scale);
   Tensor dx = torch::stable::empty_like(dy);
-  Tensor dshortcut = torch::stable::empty_like(dy);
+  Tensor dshortcut = new_empty_like(dy, need_dshortcut);
   Tensor dscale = new_acc(v, dy, {scale.has_value() && need_sums ? v.n : 0, v.c});
   StreamParams p = k.params(Plan{}, b, act);
   p.dy = dy.const_data_ptr();
@@ -180,14 +181,13 @@ Tensors7 backward(const View& v, const Tensor& dy, const OptTensor& x, const Map
   const UMode mode = u_mode(act, p.mask_in);
   const bool reads_x = need_sums || need_shortcut_sums || mode >= kURelu;
   STD_TORCH_CHECK(!reads_x || x.has_value() || v.numel() == 0, v.op, ": x is required");
-  STD_TORCH_CHECK(shortcut.has_value() || !(need_shortcut_sums || mode >= kURelu), v.op,
-                  ": shortcut is required");
+  STD_TORCH_CHECK(shortcut.has_value() || !need_shortcut_sums, v.op, ": shortcut is required");
   const ChannelSums sums = channel_sums(k, mode, p, need_sums, need_shortcut_sums, dscale);
   MapGradient<acc_t> main(v, dy, k.main, sums.du, sums.du_x);
   MapGradient<acc_t> side(v, dy, k.side, sums.u, sums.u_shortcut);
   p.plan = apply_plan(v, k.per_image, p.mask_in != nullptr);
   p.out = dx.mutable_data_ptr();
-  p.dresidual = dshortcut.mutable_data_ptr();
+  p.dresidual = need_dshortcut ? dshortcut.mutable_data_ptr() : nullptr;
   p.p = k.scale.data();
   if (a.batch_stats) {
     if (k.per_image) {
@@ -208,7 +208,7 @@ Tensors7 backward(const View& v, const Tensor& dy, const OptTensor& x, const Map
 }  // namespace
 
 Tensors4 residual_add(Tensor x, OptTensor weight, OptTensor bias, OptTensor mean, OptTensor var,
-                      Tensor shortcut, OptTensor shortcut_weight, OptTensor shortcut_bias,
+                      OptTensor shortcut, OptTensor shortcut_weight, OptTensor shortcut_bias,
                       OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
                       bool batch_stats, bool shortcut_batch_stats, double eps, double shortcut_eps,
                       std::string act, bool save_mask, bool stats) {
@@ -228,14 +228,14 @@ Tensors7 residual_add_backward(Tensor dy, OptTensor x, OptTensor weight, OptTens
                                OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
                                Tensor mask, bool batch_stats, bool shortcut_batch_stats, double eps,
                                double shortcut_eps, std::string act, bool need_sums,
-                               bool need_shortcut_sums) {
+                               bool need_shortcut_sums, bool need_dshortcut) {
   const View v = view_of("residual_add_backward", dy);
   const Map a{weight, bias, mean, var, batch_stats, eps};
   const Map b{shortcut_weight, shortcut_bias,        shortcut_mean,
               shortcut_var,    shortcut_batch_stats, shortcut_eps};
   const auto run = v.dtype == kFloat64 ? backward<double> : backward<float>;
   return run(v, dy, x, a, shortcut, b, scale, mask, parse_act(v.op, "act", act), need_sums,
-             need_shortcut_sums);
+             need_shortcut_sums, need_dshortcut);
 }
 
 }  // namespace fusedres

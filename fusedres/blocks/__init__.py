@@ -1,7 +1,7 @@
 """Drop-in modules. Their ``forward`` is written in the functions of ``chain``."""
 
 from .drop_path import DropPath
-from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from .layers import BatchNormAct2d, ConvBNAct2d, EffectiveSqueezeExcite, SqueezeExcite
 from .preact import PreActBasicBlock, PreActBottleneck, PreActStage
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 
@@ -11,6 +11,7 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "DropPath",
+    "EffectiveSqueezeExcite",
     "PreActBasicBlock",
     "PreActBottleneck",
     "PreActStage",

@@ -23,6 +23,7 @@ from .. import functional as F
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
 from .recognise import act_of, hooked, se_of, wants_grad
+from .squeeze import squeeze_excite
 from .training import convolve, tail
 from .unit import (
     Batch,
@@ -183,20 +184,15 @@ def _finish(
     """Squeeze-excite, scale, residual and activation on a finished norm."""
     if se is None:
         return add_act(branch, residual, act, scale)
-    if scale is not None:
-        return add_act(_finish(branch, None, se, None), residual, act, scale)
     mlp = "FX tracing" if symbolic(branch) else se_of(se)
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
     if not fits:
         if isinstance(mlp, str):
             dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
-        return add_act(se(branch), residual, act)
+        return add_act(se(branch), residual, act, scale)
     name = act_of(act)
     residual = None if residual is None else residual.to(branch.dtype)
-    y = F.squeeze_excite(
-        branch, mlp.w1, mlp.b1, mlp.w2, mlp.b2, residual=residual,
-        act=mlp.act, gate=mlp.gate, post_act=name or "identity",
-    )  # fmt: skip
+    y = squeeze_excite(branch, mlp, residual, name or "identity", scale)
     return y if name is not None else act(y)
 
 

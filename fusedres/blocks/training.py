@@ -44,6 +44,8 @@ def tail(
     if isinstance(mlp, str):
         dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
         return None
+    if mlp is not None and not mlp.has_op:  # the gate needs the norm's result
+        return None
     norm, params = unit.norm, _mlp_params(mlp)
     x, weight, bias = operands(value(state), unit.conv)
     out = conv_shape(x, weight, unit.geometry)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch, functional
+from .. import dispatch
+from ..blocks import squeeze
 from ..blocks.chain import Scale, add_act, chain, project, settled
 from ..blocks.recognise import SE, hooked, se_of
 from .activations import act_name, gate_name
@@ -101,7 +102,12 @@ def run(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
 
 
 def pointwise_se(
-    fc1: nn.Module, act: nn.Module, fc2: nn.Module, gate: nn.Module, *others: nn.Module
+    fc1: nn.Module,
+    act: nn.Module,
+    fc2: nn.Module,
+    gate: nn.Module,
+    *others: nn.Module,
+    pool: str = "mean",
 ) -> SE | str:
     """The squeeze-excite made of these layers, or the reason it is none for the fused op.
 
@@ -117,7 +123,16 @@ def pointwise_se(
     names = act_name(act), gate_name(gate)
     if None in names:
         return f"no fused form of {type(act).__name__} with {type(gate).__name__}"
-    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, *names)
+    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, *names, pool)
+
+
+def effective_se(fc: nn.Module, gate: nn.Module, pool: str = "mean") -> SE | str:
+    """The one-layer squeeze-excite, or the reason it is none for the fused ops."""
+    if not _is_pointwise(fc):
+        return f"{type(fc).__name__} is not a plain 1x1 convolution"
+    if (name := gate_name(gate)) is None:
+        return f"no fused form of {type(gate).__name__}"
+    return hooked(fc) or SE(fc.weight.flatten(1), fc.bias, None, None, "identity", name, pool)
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
@@ -138,11 +153,7 @@ def squeeze_excite(
     x: Tensor, module: nn.Module, residual: Tensor | None = None, post_act: str | None = None
 ) -> Tensor:
     """``post_act(module(x) + residual)`` for a module that has a squeeze-excite."""
-    se = se_of(module)
-    return functional.squeeze_excite(
-        x, se.w1, se.b1, se.w2, se.b2,
-        residual=residual, act=se.act, gate=se.gate, post_act=post_act or "identity",
-    )  # fmt: skip
+    return squeeze.squeeze_excite(x, se_of(module), residual, post_act or "identity")
 
 
 def residual_block(

@@ -115,4 +115,5 @@ RECIPES = (
     Recipe("fusedres.blocks.layers.BatchNormAct2d", reads=None, forward=batch_norm_act),
     Recipe("fusedres.blocks.layers.ConvBNAct2d", reads=None, forward=conv_bn_act),
     Recipe("fusedres.blocks.layers.SqueezeExcite", reads=None, forward=squeeze_excite),
+    Recipe("fusedres.blocks.layers.EffectiveSqueezeExcite", reads=None, forward=squeeze_excite),
 )

@@ -165,7 +165,7 @@ def _tail_backward(
         normed = tail.side is not None
         draw, *dnorm, dresidual, dside_weight, dside_bias, _ = residual_add.backward_op(
             dy, raw, *norm, mean, var, residual, *side, scale, *rest, *_numbers(tail), tail.act,
-            True, normed,
+            True, normed, needs_residual,
         )  # fmt: skip
         params, grads = (*norm, *side[:2]), (*dnorm, dside_weight, dside_bias)
         cast = [None if p is None else g.to(p.dtype) for g, p in zip(grads, params, strict=True)]

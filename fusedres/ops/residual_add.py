@@ -17,7 +17,7 @@ from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
     "residual_add(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var,"
-    " Tensor shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean,"
+    " Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean,"
     " Tensor? shortcut_var, Tensor? scale, bool batch_stats, bool shortcut_batch_stats, float eps,"
     " float shortcut_eps, str act, bool save_mask, bool stats)"
     " -> (Tensor y, Tensor mask, Tensor y_mean, Tensor y_var)"
@@ -27,7 +27,7 @@ BACKWARD_SCHEMA = (
     " Tensor? var, Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias,"
     " Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? scale, Tensor mask, bool batch_stats,"
     " bool shortcut_batch_stats, float eps, float shortcut_eps, str act, bool need_sums,"
-    " bool need_shortcut_sums)"
+    " bool need_shortcut_sums, bool need_dshortcut)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dshortcut, Tensor dshortcut_weight,"
     " Tensor dshortcut_bias, Tensor dscale)"
 )
@@ -62,11 +62,12 @@ def _fake(*args):
 
 
 def _fake_backward(dy, *args):
-    scale, need_sums = args[10], args[17]
+    scale, need_sums, need_dshortcut = args[10], args[17], args[19]
     n = dy.shape[0] if scale is not None and need_sums else 0
     dscale = dy.new_empty((n, dy.shape[1]), dtype=reference.acc_dtype(dy.dtype))
     grads = torch.empty_like(dy), *fake_stats(dy)
-    return *grads, torch.empty_like(dy), *fake_stats(dy), dscale
+    dshortcut = torch.empty_like(dy) if need_dshortcut else dy.new_empty(0)
+    return *grads, dshortcut, *fake_stats(dy), dscale
 
 
 # --- autograd
@@ -81,6 +82,7 @@ def _setup_context(ctx, inputs, output):
     # Sums over a channel are what every gradient but those of the two operands is made of.
     ctx.need_sums = batch_stats or any(needs[i] for i in (1, 2, 10))
     ctx.need_shortcut_sums = shortcut_batch_stats or any(needs[i] for i in (6, 7))
+    ctx.has_shortcut = tensors[5] is not None
     recompute = act != "identity" and not save_mask
     kept = list(tensors)
     if not (ctx.need_sums or ctx.need_shortcut_sums or recompute):
@@ -105,7 +107,8 @@ def _backward(ctx, dy, *_):
     if by_reference("residual_add", dy):
         grads = _differentiable_backward(ctx, dy, tensors, mask, needed)
     else:
-        found = backward_op(dy, *tensors, mask, *ctx.rest, ctx.need_sums, ctx.need_shortcut_sums)
+        sums = ctx.need_sums, ctx.need_shortcut_sums
+        found = backward_op(dy, *tensors, mask, *ctx.rest, *sums, ctx.has_shortcut)
         grads = cast(found, tensors, needed)
     for i, grad in zip(_GRADED, grads, strict=True):
         none[i] = grad
@@ -127,8 +130,9 @@ def _differentiable_backward(ctx, dy, tensors, mask, needed):
     bits = unpack_mask(mask, dy) if mask.numel() else None
     statistics = [tensors[i] for i in _STATISTICS]
     inputs = [tensors[i] for i in _GRADED]
-    for i in (0, 3):  # an operand that was not kept enters linearly: any value will do
-        inputs[i] = torch.zeros_like(dy) if inputs[i] is None else inputs[i]
+    for i, given in ((0, True), (3, ctx.has_shortcut)):
+        if given and inputs[i] is None:  # not kept: it enters linearly, any value will do
+            inputs[i] = torch.zeros_like(dy)
 
     def fn(x, weight, bias, shortcut, shortcut_weight, shortcut_bias, scale):
         act = ctx.rest[-1]
@@ -146,21 +150,22 @@ def _differentiable_backward(ctx, dy, tensors, mask, needed):
 
 def bytes_moved(*args) -> int:
     """Reads x and shortcut, writes y; its statistics are taken from the cache."""
-    return 3 * numel_bytes(args[0]) + (args[0].numel() // 8 if args[16] else 0)
+    passes = 2 + (args[5] is not None)
+    return passes * numel_bytes(args[0]) + (args[0].numel() // 8 if args[16] else 0)
 
 
 def eager_bytes(*args) -> int:
     """Eager: each map RW, the scale RW, the addition RRW, activation RW, statistics R."""
     scaled = [any(t is not None for t in args[i]) for i in (slice(1, 5), slice(6, 10))]
-    passes = 2 * (sum(scaled) + (args[10] is not None) + (args[15] != "identity")) + 3 + args[17]
-    return passes * numel_bytes(args[0])
+    passes = 2 * (sum(scaled) + (args[10] is not None) + (args[15] != "identity")) + args[17]
+    return (passes + 3 * (args[5] is not None)) * numel_bytes(args[0])
 
 
 def backward_bytes_moved(dy, *args) -> int:
-    """Reduce and apply read dy and what was kept; apply writes two gradients."""
+    """Reduce and apply read dy and what was kept; apply writes a gradient for each operand."""
     reads = 1 + (args[0] is not None) + (args[5] is not None)
     passes = 2 if args[17] or args[18] else 1
-    return (passes * reads + 2) * numel_bytes(dy) + passes * args[11].numel()
+    return (passes * reads + 1 + args[19]) * numel_bytes(dy) + passes * args[11].numel()
 
 
 def backward_eager_bytes(dy, *args) -> int:
