@@ -267,6 +267,25 @@ def test_second_derivatives_where_no_operand_is_kept(backend):
         check_derivatives(public, dict(x=x, shortcut=shortcut))
 
 
+@backends
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_second_derivatives_of_operands_made_from_one_another(act, backend):
+    def gated(x, w):
+        scale = torch.sigmoid(x.mean((2, 3)) @ w)
+        return fusedres.functional.residual_add(x * 2, x, scale=scale, act=act)
+
+    def normed(x, w):
+        branch = (x.flatten(2).transpose(1, 2) @ w).transpose(1, 2).unflatten(2, x.shape[2:])
+        return fusedres.functional.batch_norm_act(
+            branch, None, None, training=True, residual=x, act=act
+        )
+
+    tensors = dict(x=torch.randn(3, 4, 2, 2).double(), w=torch.randn(4, 4).double())
+    with fusedres.backend(backend):
+        check_derivatives(gated, tensors)
+        check_derivatives(normed, tensors)
+
+
 @pytest.mark.parametrize("backend,layout,act", [
     ("native", "NHWC", "relu"), ("native", "NCHW", "silu"), ("reference", "NHWC", "relu"),
 ])  # fmt: skip

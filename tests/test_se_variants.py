@@ -52,8 +52,12 @@ def test_a_module_is_timms(case, layout, backend):
         check_module(fusedres.unfuse(ours), peer, randn(X, layout=layout))
 
 
-@pytest.mark.parametrize("case", CASES[:3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+# PyTorch's own gradient of hardsigmoid is exact to float32 only, whatever the dtype, and it has no
+# second derivative.
+@pytest.mark.parametrize("dtype,case", [
+    (torch.bfloat16, CASES[0]), (torch.bfloat16, CASES[1]), (torch.float64, CASES[1]),
+    (torch.float64, CASES[2]),
+])  # fmt: skip
 def test_modules_of_another_dtype(case, dtype):
     ours, peer = (m.to(dtype) for m in pair(*case))
     check_module(ours, peer, randn((8, 16, 9, 9), dtype, "NHWC"))
@@ -81,7 +85,7 @@ def test_residual_and_activation_in_the_same_pass(case, layout):
 
 
 def test_second_derivatives():
-    for case in CASES[:3]:
+    for case in CASES[1:3]:
         ours, peer = (m.double() for m in pair(*case))
         x, found = randn(X, torch.float64).requires_grad_(), []
         for m in (ours, peer):
@@ -105,10 +109,7 @@ def test_bad_input(make, message):
 @pytest.mark.parametrize("training", [True, False])
 def test_in_a_block_of_ours(training):
     fused, plain = block_pair("SEBottleneck", stride=2, reduction=4)
-    for block, options in ((fused, dict()), (plain, dict())):
-        block.se = (
-            fusedres.EffectiveSqueezeExcite(32) if block is fused else layers.EffectiveSEModule(32)
-        )
+    fused.se, plain.se = fusedres.EffectiveSqueezeExcite(32), layers.EffectiveSEModule(32)
     fused, plain = twins(fused, plain)
     fused.train(training), plain.train(training)
     check_module(fused, plain, randn((4, 16, 7, 7), layout="NHWC"))
@@ -122,8 +123,9 @@ def fused_reasons(model, x):
 
 
 @pytest.mark.parametrize("attn", [
-    layers.EffectiveSEModule, partial(layers.EffectiveSEModule, add_maxpool=True),
-    partial(layers.SEModule, add_maxpool=True, gate_layer="hard_sigmoid"),
+    partial(layers.EffectiveSEModule, gate_layer="sigmoid"),
+    partial(layers.EffectiveSEModule, gate_layer="sigmoid", add_maxpool=True),
+    partial(layers.SEModule, add_maxpool=True),
 ])  # fmt: skip
 def test_timms_blocks_run_fused(attn):
     model = resnet.Bottleneck(32, 8, attn_layer=attn)

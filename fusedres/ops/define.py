@@ -155,6 +155,8 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], d
     if not differentiable:
         inputs = [None if t is None else t.detach() for t in inputs]
     with torch.enable_grad():
+        if differentiable:  # one may have been computed from another: that is not fn's derivative
+            inputs = [None if t is None else t.view_as(t) for t in inputs]
         for t, need in zip(inputs, needed, strict=True):
             if need and not t.requires_grad:
                 t.requires_grad_()
