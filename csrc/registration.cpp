@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("squeeze_excite_backward", TORCH_BOX(&fusedres::squeeze_excite_backward));
   m.impl("bn_se_act", TORCH_BOX(&fusedres::bn_se_act));
   m.impl("bn_se_act_backward", TORCH_BOX(&fusedres::bn_se_act_backward));
+  m.impl("residual_add", TORCH_BOX(&fusedres::residual_add));
+  m.impl("residual_add_backward", TORCH_BOX(&fusedres::residual_add_backward));
   m.impl("residual_mix", TORCH_BOX(&fusedres::residual_mix));
   m.impl("residual_mix_backward", TORCH_BOX(&fusedres::residual_mix_backward));
   m.impl("fingerprint", TORCH_BOX(&fusedres::fingerprint));

@@ -16,6 +16,7 @@ from . import checks, reference
 from .layout import dense, dense_like
 from .ops import bn_act, bn_se_act
 from .ops import conv_bn_act as conv_bn_act_op
+from .ops import residual_add as residual_add_op
 from .ops import residual_mix as residual_mix_op
 from .ops import squeeze_excite as squeeze_excite_op
 from .running_stats import update_running_stats
@@ -24,6 +25,7 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_se_act",
     "conv_bn_act",
+    "residual_add",
     "residual_mix",
     "squeeze_excite",
 ]
@@ -255,6 +257,67 @@ def batch_norm_se_act(
     if training:
         update_running_stats(running_mean, running_var, mean, var, input.shape, momentum)
     return y
+
+
+def residual_add(
+    branch: Tensor,
+    shortcut: Tensor | None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    act: str = "identity",
+) -> Tensor:
+    """``act(scale[n, c] * (weight[c] * branch + bias[c]) + shortcut_weight[c] * shortcut)``.
+
+    Every factor is differentiable and costs no pass over memory: LayerScale (``weight`` [C]),
+    SkipInit and ReZero (``weight`` [1]), ``x / L`` (``shortcut_weight`` [1]), stochastic depth
+    (``scale`` [N]), a channel gate (``scale`` [N, C]).
+
+    Args:
+        branch: [N, C, ...].
+        shortcut: of branch's shape, dtype and device; None leaves it out.
+        weight, bias, shortcut_weight: [C] or one element; any floating dtype.
+        scale: [N], [N, 1] or [N, C]; any floating dtype.
+        act: as in ``batch_norm_act``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``batch_norm_act``.
+
+    Traffic: one read of each operand, one write.
+    Source: Touvron et al. 2021, eq. 3 (LayerScale); De and Smith 2020 (SkipInit); Bachlechner et
+        al. 2021 (ReZero); Huang et al. 2016; ``reference.residual_add``.
+    """
+    checks.floating("branch", branch)
+    checks.at_least_2d("branch", branch)
+    checks.like("shortcut", shortcut, branch)
+    checks.activation("act", act)
+    n, c = branch.shape[:2]
+    factors = dict(weight=weight, bias=bias, shortcut_weight=shortcut_weight)
+    for name, p in factors.items():
+        if p is not None:
+            checks.floating(name, p)
+            checks.same_device(name, p, branch)
+            if p.numel() != 1 and p.shape != (c,):
+                raise ValueError(f"{name}: wanted shape ({c},) or (1,), got {tuple(p.shape)}")
+            factors[name] = p.reshape(-1).expand(c)
+    if scale is not None:
+        checks.floating("scale", scale)
+        checks.same_device("scale", scale, branch)
+        if tuple(scale.shape) not in ((n,), (n, 1), (n, c)):
+            wanted = f"({n},), ({n}, 1) or ({n}, {c})"
+            raise ValueError(f"scale: wanted shape {wanted}, got {tuple(scale.shape)}")
+        scale = scale.view(n, -1) if n else scale.new_empty(0, 1)
+    x = dense(branch)
+    save_mask = act in reference.MASKED_ACTS and _wants_grad(
+        branch, shortcut, scale, *factors.values()
+    )
+    return residual_add_op.op(
+        x, factors["weight"], factors["bias"], None, None, dense_like(shortcut, x),
+        factors["shortcut_weight"], None, None, None, scale, False, False, 0.0, 0.0, act,
+        save_mask, False,
+    )[0]  # fmt: skip
 
 
 def residual_mix(

@@ -1,4 +1,7 @@
-"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation."""
+"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation.
+
+The networks of other forms have files of their own; every model is found here.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
+from .blocks import BasicBlock, Bottleneck, DropPath, SEBasicBlock, SEBottleneck
 from .blocks.chain import chain
+from .blocks.drop_path import linear_decay
 from .blocks.resnet import conv1x1
+from .preact import (
+    PreActResNet,
+    WideResNet,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+    wide_resnet28_10,
+    wide_resnet40_2,
+)
 
 __all__ = [
+    "PreActResNet",
     "ResNet",
+    "WideResNet",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -26,6 +48,8 @@ __all__ = [
     "se_resnet50",
     "se_resnet101",
     "se_resnet152",
+    "wide_resnet28_10",
+    "wide_resnet40_2",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
@@ -42,6 +66,9 @@ class ResNet(nn.Module):
         groups, width_per_group: of the 3x3 convolutions in Bottleneck.
         replace_stride_with_dilation: for stages 2 to 4, keep the resolution and dilate.
         norm_layer: called with a number of channels; default nn.BatchNorm2d.
+        drop_path_rate: stochastic depth of the last block, linearly less towards the first.
+        drop_path_mode: "row" or "batch", as for DropPath.
+        residual: False leaves every shortcut out: the plain network of the same depth.
     """
 
     def __init__(
@@ -54,6 +81,10 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: list[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        drop_path_rate: float = 0.0,
+        drop_path_mode: str = "row",
+        residual: bool = True,
     ):
         super().__init__()
         dilate = replace_stride_with_dilation or [False] * 3
@@ -62,7 +93,13 @@ class ResNet(nn.Module):
                 "replace_stride_with_dilation should be None "
                 f"or a 3-element tuple, got {replace_stride_with_dilation}"
             )
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(
+                f"drop_path_rate: wanted a probability from 0 to 1, got {drop_path_rate}"
+            )
         self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._residual, self._drop_path_mode = residual, drop_path_mode
+        self._drop_rates = linear_decay(drop_path_rate, sum(layers))  # of the blocks to come
         self.groups, self.base_width = groups, width_per_group
         self.inplanes, self.dilation = 64, 1
         self.conv1 = nn.Conv2d(3, self.inplanes, 7, 2, 3, bias=False)
@@ -83,20 +120,34 @@ class ResNet(nn.Module):
             self.dilation *= stride
             stride = 1
         downsample = None
-        if stride != 1 or self.inplanes != planes * block.expansion:
+        if self._residual and (stride != 1 or self.inplanes != planes * block.expansion):
             downsample = nn.Sequential(
                 conv1x1(self.inplanes, planes * block.expansion, stride),
                 self._norm_layer(planes * block.expansion),
             )
         shared = dict(groups=self.groups, base_width=self.base_width, norm_layer=self._norm_layer)
         layers = [
-            block(self.inplanes, planes, stride, downsample, dilation=previous_dilation, **shared)
-        ]
+            block(
+                self.inplanes, planes, stride, downsample,
+                dilation=previous_dilation, **shared, **self._shortcut_arguments(),
+            )
+        ]  # fmt: skip
         self.inplanes = planes * block.expansion
         layers += [
-            block(self.inplanes, planes, dilation=self.dilation, **shared) for _ in range(1, blocks)
-        ]
+            block(
+                self.inplanes, planes,
+                dilation=self.dilation, **shared, **self._shortcut_arguments(),
+            )
+            for _ in range(1, blocks)
+        ]  # fmt: skip
         return nn.Sequential(*layers)
+
+    def _shortcut_arguments(self) -> dict:
+        """The next block's, where they are not the default: other libraries' blocks lack them."""
+        rate, arguments = self._drop_rates.pop(0), {}
+        if rate:
+            arguments["drop_path"] = DropPath(rate, self._drop_path_mode)
+        return arguments if self._residual else arguments | {"residual": False}
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for m in self.modules():

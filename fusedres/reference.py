@@ -116,6 +116,31 @@ def residual_mix(branch, shortcut, gate, row_scale, alpha, beta, act) -> tuple[T
     return ACTIVATIONS[act](z), z
 
 
+def channel_map(x, weight, bias, mean, var, batch_stats, eps) -> Tensor:
+    """A batch norm where there are statistics, else ``x * weight + bias`` for each channel."""
+    if mean is not None:
+        return batch_norm(x, weight, bias, mean, var, batch_stats, eps)
+    shape = (-1, *[1] * (x.dim() - 2))
+    weight, bias = (None if p is None else p.view(shape) for p in _acc(x, weight, bias))
+    y = x if weight is None else x * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def residual_add(x, map, shortcut, shortcut_map, scale, act) -> tuple[Tensor, Tensor]:
+    """``act(scale[n, c] * A(x) + B(shortcut))``; returns the result and the pre-activation.
+
+    A and B are ``channel_map`` with ``(weight, bias, mean, var, batch_stats, eps)``: the norms of
+    branch and projection shortcut, LayerScale, SkipInit. ``scale`` is [N, 1] (stochastic depth,
+    Huang et al. 2016) or [N, C] (a squeeze-excite gate).
+    """
+    z = channel_map(x, *map)
+    if scale is not None:
+        z = z * scale.to(x.dtype)[(...,) + (None,) * (x.dim() - 2)]
+    if shortcut is not None:
+        z = z + channel_map(shortcut, *shortcut_map)
+    return ACTIVATIONS[act](z), z
+
+
 def conv_stats(x, bn, weight, bias, stride, padding, dilation, groups) -> tuple[Tensor, ...]:
     """``conv(act(bn(x)))`` and the mean and biased variance of its result.
 

@@ -85,8 +85,13 @@ Pair merge_sums(const Pair& tiles, int64_t groups, int64_t n_tiles, int64_t cols
 Pair moments(const View& v, const void* x, bool per_image, bool variance);
 // Mean and squared deviations of each channel, from those of each (n, c).
 Pair channel_moments(const View& v, const Pair& per_image);
+// Runs an elementwise pass; mean and squared deviations of each channel of its result, tile by
+// tile.
+Pair apply_with_moments(const View& v, bool per_image, StreamFn apply, StreamParams p);
 // Sums of u and u * (x - center); `p` carries x, dy, mask, residual, center, scale, bias, act.
-Pair gradient_sums(const View& v, bool per_image, UMode mode, StreamParams p);
+// residual_sums: where to put those of u * (residual - res_center), or null.
+Pair gradient_sums(const View& v, bool per_image, UMode mode, StreamParams p,
+                   std::vector<double>* residual_sums = nullptr);
 
 FwdAct fwd_act(Act act);
 UMode u_mode(Act act, const uint8_t* mask);

@@ -52,9 +52,18 @@ struct StreamParams {
   const void* q;
   const void* r;
   int64_t center_groups, coef_groups;  // group g reads set g % groups
+  // The residual's own affine map: (residual - res_center) * res_scale + res_bias, and its gradient
+  // dresidual = res_p * u + res_q * (residual - res_center) + res_r. All null: the identity.
+  const void* res_center;  // acc_t [center_groups, cols], like the other five
+  const void* res_scale;
+  const void* res_bias;
+  const void* res_p;
+  const void* res_q;
+  const void* res_r;
   Act act;
   double* partial1;  // [groups, tiles, cols]: mean, or sum of u
   double* partial2;  // squared deviations, or sum of u * (x - center)
+  double* partial3;  // sum of u * (residual - res_center), or null
 };
 
 // Arguments of residual_mix: per image, `rows` rows of row_len elements, the last one shorter.

@@ -38,6 +38,19 @@ Tensors8 bn_se_act_backward(Tensor dy, Tensor x, OptTensor weight, OptTensor bia
                             std::string se_act, std::string gate, std::string act,
                             bool need_dresidual);
 
+Tensors4 residual_add(Tensor x, OptTensor weight, OptTensor bias, OptTensor mean, OptTensor var,
+                      OptTensor shortcut, OptTensor shortcut_weight, OptTensor shortcut_bias,
+                      OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
+                      bool batch_stats, bool shortcut_batch_stats, double eps, double shortcut_eps,
+                      std::string act, bool save_mask, bool stats);
+Tensors7 residual_add_backward(Tensor dy, OptTensor x, OptTensor weight, OptTensor bias,
+                               OptTensor mean, OptTensor var, OptTensor shortcut,
+                               OptTensor shortcut_weight, OptTensor shortcut_bias,
+                               OptTensor shortcut_mean, OptTensor shortcut_var, OptTensor scale,
+                               Tensor mask, bool batch_stats, bool shortcut_batch_stats, double eps,
+                               double shortcut_eps, std::string act, bool need_sums,
+                               bool need_shortcut_sums, bool need_dshortcut);
+
 Tensors2 residual_mix(Tensor branch, Tensor shortcut, OptTensor gate, OptTensor row_scale,
                       double alpha, double beta, std::string act, bool save_mask);
 Tensors3 residual_mix_backward(Tensor dy, OptTensor branch, OptTensor shortcut, OptTensor gate,

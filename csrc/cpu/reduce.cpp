@@ -21,6 +21,12 @@ Plan groups_of(const View& v, bool per_image) {
   return plan;
 }
 
+// Moments of each group's columns, from those of its tiles.
+Pair merge_tiles(const Plan& plan, const Pair& tiles) {
+  const int64_t last = plan.rows - (plan.tiles - 1) * plan.tile_rows;
+  return merge_moments(tiles, plan.groups, plan.tiles, plan.cols, plan.tile_rows, last);
+}
+
 Pair zeros(const View& v, bool per_image) {
   const size_t size = static_cast<size_t>(per_image ? v.n * v.c : v.c);
   return {std::vector<double>(size), std::vector<double>(size)};
@@ -153,16 +159,39 @@ Pair moments(const View& v, const void* x, bool per_image, bool variance) {
   p.partial1 = tiles.first.data();
   p.partial2 = tiles.second.data();
   launch(kernels().stats[v.dtype][variance], p);
-  const int64_t last = plan.rows - (plan.tiles - 1) * plan.tile_rows;
-  Pair merged = merge_moments(tiles, plan.groups, plan.tiles, plan.cols, plan.tile_rows, last);
+  Pair merged = merge_tiles(plan, tiles);
   return v.planar && !per_image ? channel_moments(v, merged) : merged;
+}
+
+Pair apply_with_moments(const View& v, bool per_image, StreamFn apply, StreamParams p) {
+  if (v.numel() == 0) return zeros(v, false);
+  const Plan plan = reduce_plan(v, per_image, p.mask_out != nullptr);
+  const size_t size = static_cast<size_t>(plan.groups * plan.tiles * plan.cols);
+  Pair tiles{std::vector<double>(size), std::vector<double>(size)};
+  p.plan = plan;
+  set_mask(v, nullptr, p.mask_out, &p);
+  StreamParams result = stream_params(v, plan, per_image);
+  result.x = p.out;
+  result.partial1 = tiles.first.data();
+  result.partial2 = tiles.second.data();
+  const StreamFn stats = kernels().stats[v.dtype][true];
+  parallel_items(plan.items(), plan.tile_rows * plan.col_block, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      apply(p, item, item + 1);
+      stats(result, item, item + 1);  // of a tile that the cache still holds
+    }
+  });
+  const Pair merged = merge_tiles(plan, tiles);
+  return v.planar || per_image ? channel_moments(v, merged) : merged;
 }
 
 Pair channel_moments(const View& v, const Pair& per_image) {
   return merge_moments(per_image, 1, v.n, v.c, v.hw, v.hw);
 }
 
-Pair gradient_sums(const View& v, bool per_image, UMode mode, StreamParams p) {
+Pair gradient_sums(const View& v, bool per_image, UMode mode, StreamParams p,
+                   std::vector<double>* residual_sums) {
+  if (residual_sums != nullptr) *residual_sums = zeros(v, per_image).first;
   if (v.numel() == 0) return zeros(v, per_image);
   const Plan plan = reduce_plan(v, per_image, p.mask_in != nullptr);
   const size_t size = static_cast<size_t>(plan.groups * plan.tiles * plan.cols);
@@ -171,9 +200,18 @@ Pair gradient_sums(const View& v, bool per_image, UMode mode, StreamParams p) {
   set_mask(v, p.mask_in, nullptr, &p);
   p.partial1 = tiles.first.data();
   p.partial2 = tiles.second.data();
+  Pair third{std::vector<double>(residual_sums != nullptr ? size : 0), {}};
+  p.partial3 = residual_sums != nullptr ? third.first.data() : nullptr;
   launch(kernels().bwd_reduce[v.dtype][mode], p);
-  Pair merged = merge_sums(tiles, plan.groups, plan.tiles, plan.cols);
-  return v.planar && !per_image ? merge_sums(merged, 1, v.n, v.c) : merged;
+  const auto merged = [&](const Pair& of_tiles) {
+    Pair sums = merge_sums(of_tiles, plan.groups, plan.tiles, plan.cols);
+    return v.planar && !per_image ? merge_sums(sums, 1, v.n, v.c) : sums;
+  };
+  if (residual_sums != nullptr) {
+    third.second = third.first;
+    *residual_sums = merged(third).first;
+  }
+  return merged(tiles);
 }
 
 }  // namespace fusedres

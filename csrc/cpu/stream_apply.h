@@ -13,7 +13,7 @@ FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
   using V = Vec<acc_of<T>>;
   V z = centered_x<T, kPartial>(a, c, i, j, n) * load(c.scale + j) + load(c.bias + j);
   if (a.residual != nullptr) {
-    z = z + load_n<kPartial>(static_cast<const T*>(a.residual) + i, n);
+    z = z + mapped_residual<T, kPartial>(a, c, i, j, n);
   }
   if (a.mask_out != nullptr) {
     uint32_t bits = ~mask_to_bits(z <= V(0));
@@ -25,7 +25,8 @@ FR_INLINE void fwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
   store_n<kPartial>(static_cast<T*>(a.out) + i, z, n);
 }
 
-// Computes: y = act((x - center) * scale + bias + residual), mask = act'(z) > 0 (one bit each)
+// Computes: y = act((x - center) * scale + bias + residual), mask = act'(z) > 0 (one bit each); the
+//           residual may have an affine map of its own
 // Reads:    x, residual [N, C, H, W] once each; center, scale, bias [C] or [N, C], cached
 // Writes:   y [N, C, H, W] once; mask [rows, ceil(cols / 8)] once, if wanted
 // Traffic:  (2 + has_residual)*N*C*H*W*sizeof(scalar_t) (+ N*C*H*W/8) bytes; eager bn_act moves
@@ -61,12 +62,20 @@ FR_INLINE void bwd_apply_vector(const StreamParams& a, const Coefficients<acc_of
   if (c.q != nullptr) dx = dx + load(c.q + j) * centered;
   if (c.r != nullptr) dx = dx + load(c.r + j);
   store_n<kPartial>(static_cast<T*>(a.out) + i, dx, n);
-  if (a.dresidual != nullptr) store_n<kPartial>(static_cast<T*>(a.dresidual) + i, u, n);
+  if (a.dresidual == nullptr) return;
+  V dresidual = u;
+  if (c.res_p != nullptr) dresidual = load(c.res_p + j) * u;
+  if (c.res_q != nullptr) {
+    dresidual = dresidual + load(c.res_q + j) * centered_residual<T, kPartial>(a, c, i, j, n) +
+                load(c.res_r + j);
+  }
+  store_n<kPartial>(static_cast<T*>(a.dresidual) + i, dresidual, n);
 }
 
-// Computes: dx = p * u + q * (x - center) + r, dresidual = u, with u = dy * act'(z)
+// Computes: dx = p * u + q * (x - center) + r, dresidual = u, with u = dy * act'(z); with an affine
+//           map of the residual, dresidual has the form of dx
 // Reads:    dy once; x once unless q is null and u comes from the mask; the mask, or the residual
-//           when z is recomputed, once; coefficients [C] or [N, C], cached
+//           when z is recomputed or it has a batch norm, once; coefficients, cached
 // Writes:   dx [N, C, H, W] once; dresidual [N, C, H, W] once, if wanted
 // Traffic:  (3 + need_dresidual)*N*C*H*W*sizeof(scalar_t) + N*C*H*W/8 bytes with a mask
 // Split:    one item = one tile of whole rows; 16 lanes, acc_t arithmetic, one rounding at the

@@ -14,8 +14,10 @@ struct Sums {
   alignas(64) S shift[kMaxColumns + kPad];
   alignas(64) S first[kMaxColumns + kPad];
   alignas(64) S second[kMaxColumns + kPad];
+  alignas(64) S third[kMaxColumns + kPad];
   double total1[kMaxColumns];
   double total2[kMaxColumns];
+  double total3[kMaxColumns];
 };
 
 // A shift by an infinite value would make NaN of an infinite mean.
@@ -145,11 +147,12 @@ template <typename S>
 __attribute__((noinline)) void fold_sums(const StreamParams& a, Tile t, Sums<S>& s) {
   const int64_t width = a.plan.pack > 1 ? a.plan.cols : t.columns;
   const int64_t used = t.full > 0 ? t.columns : t.rest;
-  for (int64_t c = 0; c < width; ++c) s.total1[c] = s.total2[c] = 0;
+  for (int64_t c = 0; c < width; ++c) s.total1[c] = s.total2[c] = s.total3[c] = 0;
   for (int64_t j = 0; j < used; j += width) {
     for (int64_t c = 0; c < width; ++c) {
       s.total1[c] += static_cast<double>(s.first[j + c]);
       s.total2[c] += static_cast<double>(s.second[j + c]);
+      s.total3[c] += static_cast<double>(s.third[j + c]);
     }
   }
   double* sum1 = a.partial1 + t.index * a.plan.cols + t.column0;
@@ -158,6 +161,9 @@ __attribute__((noinline)) void fold_sums(const StreamParams& a, Tile t, Sums<S>&
     sum1[c] = s.total1[c];
     sum2[c] = s.total2[c];
   }
+  if (a.partial3 == nullptr) return;
+  double* sum3 = a.partial3 + t.index * a.plan.cols + t.column0;
+  for (int64_t c = 0; c < width; ++c) sum3[c] = s.total3[c];
 }
 
 template <typename T, UMode kMode, bool kPartial>
@@ -166,27 +172,35 @@ FR_INLINE void reduce_vector(const StreamParams& a, const Coefficients<acc_of<T>
   using V = Vec<acc_of<T>>;
   V first = load(s.first + j);
   V second = load(s.second + j);
+  V third = load(s.third + j);
   for (int64_t r = row; r < row + rows; ++r) {
     const int64_t i = t.first + r * t.ld + j;
     const V centered = centered_x<T, kPartial>(a, c, i, j, n);
     V u = gradient_at_z<T, kMode, kPartial>(a, c, i, t.mask + r * a.mask_row_bytes, j, n, centered);
     V product = u * centered;
+    V product2(0);
+    if (a.partial3 != nullptr) product2 = u * centered_residual<T, kPartial>(a, c, i, j, n);
     if (kPartial) {  // the lanes behind a packed row's end belong to other columns
       const auto valid = mask_from_bits<acc_of<T>>((1u << n) - 1u);
       u = select(valid, u, V(0));
       product = select(valid, product, V(0));
+      product2 = select(valid, product2, V(0));
     }
     first = first + u;
     second = second + product;
+    third = third + product2;
   }
   store(s.first + j, first);
   store(s.second + j, second);
+  store(s.third + j, third);
 }
 
-// Computes: sum of u and of u * (x - center) of each column of each tile, u = dy * act'(z)
-// Reads:    dy, x once each; the mask, or the residual when z is recomputed, once
-// Writes:   partial1, partial2 [groups, tiles, cols] fp64
-// Traffic:  2*N*C*H*W*sizeof(scalar_t) + N*C*H*W/8 bytes with a mask
+// Computes: sum of u, of u * (x - center) and, if wanted, of u * (residual - res_center) of each
+//           column of each tile, u = dy * act'(z)
+// Reads:    dy, x once each; the mask, or the residual when z is recomputed, once; the residual for
+//           the third sum
+// Writes:   partial1, partial2, partial3 [groups, tiles, cols] fp64
+// Traffic:  2*N*C*H*W*sizeof(scalar_t) + N*C*H*W/8 bytes with a mask, one tensor more for the third
 // Split:    one item = one tile; 8 rows per visit of an accumulator
 template <typename T, UMode kMode>
 void affine_bwd_reduce_kernel(const StreamParams& params, int64_t begin, int64_t end) {
@@ -201,6 +215,7 @@ void affine_bwd_reduce_kernel(const StreamParams& params, int64_t begin, int64_t
     for (int64_t j = 0; j < used; j += kLanes) {
       store(s.first + j, Vec<S>(0));
       store(s.second + j, Vec<S>(0));
+      store(s.third + j, Vec<S>(0));
     }
     for (int64_t r = 0; r < t.full; r += kRowsAtOnce) {
       const int64_t rows = t.full - r < kRowsAtOnce ? t.full - r : kRowsAtOnce;

@@ -7,7 +7,7 @@
 namespace fusedres {
 namespace FUSEDRES_ISA {
 
-constexpr int kSets = 6;  // center, scale, bias, p, q, r
+constexpr int kSets = 12;  // center, scale, bias, p, q, r, and the same of the residual
 
 // A tile as the kernels see it: `full` rows of `columns` elements, `ld` apart, and `rest` elements
 // of one more row (packed tiles only).
@@ -48,6 +48,7 @@ FR_INLINE Tile tile_of(const StreamParams& a, int64_t item) {
 template <typename S>
 struct Coefficients {
   const S *center, *scale, *bias, *p, *q, *r;
+  const S *res_center, *res_scale, *res_bias, *res_p, *res_q, *res_r;
 };
 
 // Where packed tiles keep their coefficients: the group's `cols` values, repeated `pack` times.
@@ -73,12 +74,15 @@ __attribute__((noinline)) void repeat_columns(const S* from, int64_t cols, int64
 template <typename S>
 __attribute__((noinline)) Coefficients<S> coefficients_of(const StreamParams& a, Tile t,
                                                           Copies<S>& copies) {
-  const void* const sources[kSets] = {a.center, a.scale, a.bias, a.p, a.q, a.r};
+  const void* const sources[kSets] = {a.center,   a.scale, a.bias,       a.p,
+                                      a.q,        a.r,     a.res_center, a.res_scale,
+                                      a.res_bias, a.res_p, a.res_q,      a.res_r};
   const S* found[kSets];
   for (int i = 0; i < kSets; ++i) {
     found[i] = static_cast<const S*>(sources[i]);
     if (found[i] == nullptr) continue;
-    found[i] += t.group % (i == 0 ? a.center_groups : a.coef_groups) * a.plan.cols + t.column0;
+    found[i] +=
+        t.group % (i == 0 || i >= 6 ? a.center_groups : a.coef_groups) * a.plan.cols + t.column0;
     if (a.plan.pack == 1) continue;
     if (t.group != copies.group) {
       const int64_t rows = a.plan.rows < a.plan.pack ? a.plan.rows : a.plan.pack;
@@ -87,7 +91,8 @@ __attribute__((noinline)) Coefficients<S> coefficients_of(const StreamParams& a,
     found[i] = copies.sets[i];
   }
   copies.group = t.group;
-  return {found[0], found[1], found[2], found[3], found[4], found[5]};
+  return {found[0], found[1], found[2], found[3], found[4],  found[5],
+          found[6], found[7], found[8], found[9], found[10], found[11]};
 }
 
 // Calls row(offset of the row, mask offset, columns) for every row of the tile.
@@ -97,6 +102,15 @@ FR_INLINE void for_each_row(const StreamParams& a, const Tile& t, Row row) {
   for (int64_t i = 0; i < rows; ++i) {
     row(t.first + i * t.ld, t.mask + i * a.mask_row_bytes, i < t.full ? t.columns : t.rest);
   }
+}
+
+// The residual of one vector, through its own affine map if it has one.
+template <typename T, bool kPartial>
+FR_INLINE Vec<acc_of<T>> mapped_residual(const StreamParams& a, const Coefficients<acc_of<T>>& c,
+                                         int64_t i, int64_t j, int n) {
+  const Vec<acc_of<T>> r = load_n<kPartial>(static_cast<const T*>(a.residual) + i, n);
+  if (c.res_scale == nullptr) return r;
+  return (r - load(c.res_center + j)) * load(c.res_scale + j) + load(c.res_bias + j);
 }
 
 // u = dy * act'(z) for one vector. z is recomputed exactly as the forward computed it.
@@ -114,7 +128,7 @@ FR_INLINE Vec<acc_of<T>> gradient_at_z(const StreamParams& a, const Coefficients
   }
   V z = centered * load(c.scale + j) + load(c.bias + j);
   if (a.residual != nullptr) {
-    z = z + load_n<kPartial>(static_cast<const T*>(a.residual) + i, n);
+    z = z + mapped_residual<T, kPartial>(a, c, i, j, n);
   }
   return kMode == kURelu ? act_backward(Act::kRelu, z, dy) : any_act_backward(a.act, z, dy);
 }
@@ -123,6 +137,12 @@ template <typename T, bool kPartial>
 FR_INLINE Vec<acc_of<T>> centered_x(const StreamParams& a, const Coefficients<acc_of<T>>& c,
                                     int64_t i, int64_t j, int n) {
   return load_n<kPartial>(static_cast<const T*>(a.x) + i, n) - load(c.center + j);
+}
+
+template <typename T, bool kPartial>
+FR_INLINE Vec<acc_of<T>> centered_residual(const StreamParams& a, const Coefficients<acc_of<T>>& c,
+                                           int64_t i, int64_t j, int n) {
+  return load_n<kPartial>(static_cast<const T*>(a.residual) + i, n) - load(c.res_center + j);
 }
 
 }  // namespace FUSEDRES_ISA

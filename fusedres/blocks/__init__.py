@@ -1,6 +1,8 @@
 """Drop-in modules. Their ``forward`` is written in the functions of ``chain``."""
 
-from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from .drop_path import DropPath
+from .layers import BatchNormAct2d, ConvBNAct2d, EffectiveSqueezeExcite, SqueezeExcite
+from .preact import PreActBasicBlock, PreActBottleneck, PreActStage
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 
 __all__ = [
@@ -8,6 +10,11 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "DropPath",
+    "EffectiveSqueezeExcite",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActStage",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",

@@ -10,6 +10,7 @@ A module that cannot be fused runs as it is, and the reason goes to ``fusedres.e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -17,21 +18,36 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import dispatch, reference
 from .. import functional as F
 from ..ops import conv_bn_act
+from ..ops.convolution import conv_shape
 from .recognise import act_of, hooked, se_of, wants_grad
-from .training import conv_shape, convolve, tail
-from .unit import Batch, Pending, State, Unit, activate, materialise, operands, track, unit_of
+from .squeeze import squeeze_excite
+from .training import convolve, tail
+from .unit import (
+    Batch,
+    Pending,
+    State,
+    Unit,
+    activate,
+    materialise,
+    operands,
+    track,
+    unit_of,
+    value,
+)
 
 Triple = tuple[nn.Module, nn.Module, "nn.Module | str | None"]
+Scale = Callable[[Tensor], Tensor]
 
 
 def chain(
     x: Tensor,
     *triples: Triple,
-    residual: Tensor | partial[Tensor] | None = None,
+    residual: Tensor | partial[State] | None = None,
     se: nn.Module | None = None,
+    scale: Scale | None = None,
 ) -> Tensor:
     """The composition of ``act(norm(conv(.)))`` over the triples.
 
@@ -41,48 +57,83 @@ def chain(
         x: [N, C, H, W]; not changed.
         triples: (conv, norm, act); act is a module, a name or None.
         residual: added before the last activation; not changed. A partial is called when all but
-            the last triple have run: errors come in the order in which PyTorch's blocks raise.
+            the last triple have run: errors come in the order in which PyTorch's blocks raise. It
+            gets ``batches`` and may leave its norm pending (``shortcut``).
         se: a module applied to the last norm's result.
+        scale: draws factors [N] (stochastic depth) of the branch for a tensor of its N and dtype.
     """
     state: State = x
     batches: list[Batch] = []
     for conv, norm, act in triples[:-1]:
-        state = _step(state, conv, norm, act, batches)
-    y = _last(state, *triples[-1], residual, se, batches)
+        state = step(state, conv, norm, act, batches)
+    y = _last(state, *triples[-1], residual, se, scale, batches)
     for batch in batches:  # last: an error above leaves the running statistics as they were
         track(*batch)
     return y
 
 
-def shortcut(x: Tensor, module: nn.Module | None) -> Tensor:
-    """The shortcut's value: x itself, or its projection, fused where that is conv-norm."""
+def shortcut(x: Tensor, module: nn.Module | None, batches: list[Batch]) -> State:
+    """The shortcut's value: x itself, or its projection, whose norm the tail applies."""
     if module is None:
         return x
-    pair = type(module) is nn.Sequential and len(module) == 2 and isinstance(module[0], nn.Conv2d)
-    if pair and hooked(module) is None:
-        return chain(x, (module[0], module[1], None))
-    return module(x)
+    if type(module) is not nn.Sequential or hooked(module) is not None:
+        return module(x)
+    return project(x, list(module), batches)
 
 
-def add_act(branch: Tensor, residual: Tensor | None, act: nn.Module | str | None) -> Tensor:
-    """``act(branch + residual)``."""
-    if residual is None:
+def project(x: Tensor, modules: list[nn.Module], batches: list[Batch]) -> State:
+    """The modules one after the other; a norm behind a convolution at their end stays pending."""
+    ends_in_norm = len(modules) >= 2 and isinstance(modules[-2], nn.Conv2d)
+    *before, conv, norm = modules if ends_in_norm else (*modules, None, None)
+    for module in before:
+        x = module(x)
+    return step(x, conv, norm, None, batches) if ends_in_norm else x
+
+
+def settled(residual: partial[State]) -> Tensor:
+    """The value of a shortcut that no chain adds."""
+    batches: list[Batch] = []
+    value = materialise(residual(batches=batches))
+    for batch in batches:
+        track(*batch)
+    return value
+
+
+def add_act(
+    branch: Tensor,
+    residual: Tensor | None,
+    act: nn.Module | str | None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``act(scale * branch + residual)``, ``scale`` [N]."""
+    if residual is None and scale is None:
         return activate(branch, act)
-    if _symbolic(branch) or residual.shape != branch.shape or residual.device != branch.device:
-        return activate(branch + residual, act)  # PyTorch broadcasts, or raises
+    fits = residual is not None and not symbolic(branch)
+    if not fits or residual.shape != branch.shape or residual.device != branch.device:
+        if scale is not None:
+            branch = branch * scale.to(branch.dtype).view(-1, 1, 1, 1)
+        branch = branch if residual is None else branch + residual  # PyTorch broadcasts, or raises
+        return activate(branch, act)
     name = act_of(act)
-    y = F.residual_mix(branch, residual.to(branch.dtype), act=name or "identity")
+    residual = residual.to(branch.dtype)
+    y = F.residual_mix(branch, residual, row_scale=scale, act=name or "identity")
     return y if name is not None else act(y)
 
 
-def _symbolic(x) -> bool:
+def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
+    """``act(x)`` where x must stay as it is: a block's ReLU may work in place."""
+    name = act_of(act)
+    return act(x.clone()) if name is None else reference.ACTIVATIONS[name](x)
+
+
+def symbolic(x) -> bool:
     """FX traces the modules as they are: its graphs are for tools that know PyTorch's layers."""
     return isinstance(x, torch.fx.Proxy)
 
 
-def _step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
+def step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
     """A triple that is not the last."""
-    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         return activate(_unfused(state, conv, norm, unit), act)
     if _in_one_call(unit, state):
@@ -93,25 +144,30 @@ def _step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Bat
     return y if unit.then is None else unit.then(materialise(y))
 
 
-def _last(state: State, conv, norm, act, residual, se, batches: list[Batch]) -> Tensor:
-    """The last triple and the block's tail: squeeze-excite, residual and activation."""
+def _last(state: State, conv, norm, act, residual, se, scale, batches: list[Batch]) -> Tensor:
+    """The last triple and the block's tail: squeeze-excite, scale, residual and activation."""
     if isinstance(residual, partial):
-        residual = residual()
-    unit = "FX tracing" if _symbolic(state) else unit_of(state, conv, norm, act)
+        residual = residual(batches=batches)
+    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
-        return _finish(_unfused(state, conv, norm, unit), residual, se, act)
-    if not _in_one_call(unit, state, residual):
-        y = tail(unit, state, residual, se, batches)
+        branch = _unfused(state, conv, norm, unit)
+        return _finish(branch, materialise(residual), se, act, scale and scale(branch))
+    scale = scale and scale(operands(value(state), unit.conv)[0])
+    if scale is not None and (se is not None or residual is None):
+        branch = _last(state, conv, norm, None, None, se, None, batches)
+        return add_act(branch, materialise(residual), act, scale)
+    if scale is not None or not _in_one_call(unit, state, residual):
+        rows = None if scale is None else scale.view(-1, 1)
+        y = tail(unit, state, residual, se, rows, batches)
         if y is not None:
             return y
         pending = convolve(replace(unit, act="identity"), state)
         batches.append((unit.norm, pending.mean, pending.var, pending.raw.shape))
-        return _finish(materialise(pending), residual, se, act)
+        return _finish(materialise(pending), materialise(residual), se, act, scale)
     if se is not None:
         return _finish(_conv_bn_act(unit, state, None, "identity"), residual, se, act)
-    if residual is None or (
-        residual.shape == conv_shape(unit, state) and residual.device == state.device
-    ):
+    shape = conv_shape(state, unit.conv.weight, unit.geometry)
+    if residual is None or (residual.shape == shape and residual.device == state.device):
         y = _conv_bn_act(unit, state, residual, unit.act)
         return y if unit.then is None else unit.then(y)
     return add_act(_conv_bn_act(unit, state, None, "identity"), residual, act)
@@ -122,28 +178,27 @@ def _unfused(state: State, conv: nn.Module, norm: nn.Module, reason: str) -> Ten
     return norm(conv(materialise(state) if isinstance(state, Pending) else state))
 
 
-def _finish(branch: Tensor, residual: Tensor | None, se: nn.Module | None, act) -> Tensor:
-    """Squeeze-excite, residual and activation on a finished norm."""
+def _finish(
+    branch: Tensor, residual: Tensor | None, se: nn.Module | None, act, scale: Tensor | None = None
+) -> Tensor:
+    """Squeeze-excite, scale, residual and activation on a finished norm."""
     if se is None:
-        return add_act(branch, residual, act)
-    mlp = "FX tracing" if _symbolic(branch) else se_of(se)
+        return add_act(branch, residual, act, scale)
+    mlp = "FX tracing" if symbolic(branch) else se_of(se)
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
     if not fits:
         if isinstance(mlp, str):
             dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
-        return add_act(se(branch), residual, act)
+        return add_act(se(branch), residual, act, scale)
     name = act_of(act)
     residual = None if residual is None else residual.to(branch.dtype)
-    y = F.squeeze_excite(
-        branch, mlp.w1, mlp.b1, mlp.w2, mlp.b2, residual=residual,
-        act=mlp.act, gate=mlp.gate, post_act=name or "identity",
-    )  # fmt: skip
+    y = squeeze_excite(branch, mlp, residual, name or "identity", scale)
     return y if name is not None else act(y)
 
 
-def _in_one_call(unit: Unit, state: State, residual: Tensor | None = None) -> bool:
+def _in_one_call(unit: Unit, state: State, residual: State | None = None) -> bool:
     """Whether running statistics are used and nobody asks for a gradient."""
-    if isinstance(state, Pending) or unit.norm.batch_stats:
+    if isinstance(state, Pending) or isinstance(residual, Pending) or unit.norm.batch_stats:
         return False
     params = unit.conv.weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
     return not wants_grad(state, residual, *params)

@@ -11,6 +11,9 @@ from .. import functional as F
 from ..running_stats import recomputing
 from .chain import add_act, chain
 from .recognise import SE, hooked
+from .squeeze import squeeze_excite
+
+POOLS = ("mean", "mean_max")
 
 
 def batch_norm_act(norm: _BatchNorm, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
@@ -132,6 +135,10 @@ class SqueezeExcite(nn.Module):
         squeeze_channels: hidden channels; default: ``max(1, channels // 16)``.
         act: activation of the hidden channels.
         gate: "sigmoid" or "hard_sigmoid".
+        pool: the squeeze: "mean", or "mean_max" for half the mean and half the largest value.
+
+    Raises:
+        ValueError: an unknown act, gate or pool.
     """
 
     def __init__(
@@ -141,18 +148,21 @@ class SqueezeExcite(nn.Module):
         *,
         act: str = "relu",
         gate: str = "sigmoid",
+        pool: str = "mean",
         device=None,
         dtype=None,
     ):
         super().__init__()
         checks.activation("act", act)
         checks.one_of("gate", gate, reference.GATES)
+        checks.one_of("pool", pool, POOLS)
         if squeeze_channels is None:
             squeeze_channels = max(1, channels // 16)
         self.fc1 = nn.Conv2d(channels, squeeze_channels, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(squeeze_channels, channels, 1, device=device, dtype=dtype)
         self.act = act
         self.gate = gate
+        self.pool = pool
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None
@@ -162,21 +172,56 @@ class SqueezeExcite(nn.Module):
         if isinstance(parts, str):
             dispatch.notify(dispatch.Event("squeeze_excite", "unfused", parts))
             return add_act(self._modules_only(x), residual, post_act)
-        return F.squeeze_excite(
-            x, parts.w1, parts.b1, parts.w2, parts.b2,
-            residual=residual, act=self.act, gate=self.gate, post_act=post_act or "identity",
-        )  # fmt: skip
+        return squeeze_excite(x, parts, residual, post_act or "identity")
 
     def squeeze_excite_parts(self) -> SE | str:
         """What a fused tail needs of this module, or why it must run by itself."""
         reason = hooked(self.fc1) or hooked(self.fc2)
-        fc1, fc2 = self.fc1, self.fc2
-        return reason or SE(fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.act, self.gate)
+        layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return reason or SE(*layers, self.act, self.gate, self.pool)
 
     def _modules_only(self, x: Tensor) -> Tensor:
-        squeezed = torch.nn.functional.adaptive_avg_pool2d(x, 1)
-        hidden = reference.ACTIVATIONS[self.act](self.fc1(squeezed))
+        hidden = reference.ACTIVATIONS[self.act](self.fc1(_squeezed(x, self.pool)))
         return x * reference.GATES[self.gate](self.fc2(hidden))
 
     def extra_repr(self) -> str:
-        return f"act={self.act!r}, gate={self.gate!r}"
+        return f"act={self.act!r}, gate={self.gate!r}, pool={self.pool!r}"
+
+
+def _squeezed(x: Tensor, pool: str) -> Tensor:
+    mean = torch.nn.functional.adaptive_avg_pool2d(x, 1)
+    return mean if pool == "mean" else 0.5 * mean + 0.5 * x.amax((2, 3), keepdim=True)
+
+
+class EffectiveSqueezeExcite(SqueezeExcite):
+    """``post_act(x * gate(fc(mean(x))) + residual)``: one layer, no bottleneck (Lee and Park 2020).
+
+    Submodule ``fc``, a 1x1 nn.Conv2d with bias: timm's EffectiveSEModule.
+
+    Args:
+        channels: C of the input.
+        gate, pool: as for SqueezeExcite.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        gate: str = "hard_sigmoid",
+        pool: str = "mean",
+        device=None,
+        dtype=None,
+    ):
+        nn.Module.__init__(self)
+        checks.one_of("gate", gate, reference.GATES)
+        checks.one_of("pool", pool, POOLS)
+        self.fc = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        self.act, self.gate, self.pool = "identity", gate, pool
+
+    def squeeze_excite_parts(self) -> SE | str:
+        """What a fused tail needs of this module, or why it must run by itself."""
+        layer = self.fc.weight, self.fc.bias, None, None
+        return hooked(self.fc) or SE(*layer, self.act, self.gate, self.pool)
+
+    def _modules_only(self, x: Tensor) -> Tensor:
+        return x * reference.GATES[self.gate](self.fc(_squeezed(x, self.pool)))

@@ -32,14 +32,20 @@ class Norm:
 
 @dataclass(frozen=True)
 class SE:
-    """A squeeze-excite MLP."""
+    """A squeeze-excite MLP; effective squeeze-excite has one layer, w2 is None."""
 
     w1: Tensor
     b1: Tensor | None
-    w2: Tensor
+    w2: Tensor | None
     b2: Tensor | None
     act: str
     gate: str
+    pool: str = "mean"  # or "mean_max": half the mean and half the largest value
+
+    @property
+    def has_op(self) -> bool:
+        """Whether ``squeeze_excite`` and ``bn_se_act`` compute it."""
+        return self.w2 is not None and self.pool == "mean"
 
 
 _ACTS: dict[type, str] = {

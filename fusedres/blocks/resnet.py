@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .chain import chain, shortcut
+from .chain import Triple, activate_copy, chain, settled, shortcut
+from .drop_path import DropPath, set_shortcut
 from .layers import SqueezeExcite
 
 
@@ -27,10 +28,24 @@ class _Block(nn.Module):
 
     expansion: int
     _torchvision_name: str
+    downsample: nn.Module | None
+    drop_path: DropPath | None
+    residual: bool
 
     def __new__(cls, *args, **kwargs):
         _adopt_torchvision(cls)
         return super().__new__(cls)
+
+    def _add_to_shortcut(self, x: Tensor, *triples: Triple) -> Tensor:
+        """``relu(drop_path(se(branch(x))) + shortcut(x))``; the branch alone if not residual."""
+        if not self.residual:
+            return chain(x, *triples, se=getattr(self, "se", None))
+        projected = partial(shortcut, x, self.downsample)
+        runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
+        if not runs:
+            return activate_copy(settled(projected), self.relu)
+        se = getattr(self, "se", None)
+        return chain(x, *triples, se=se, residual=projected, scale=scale)
 
     def zero_init_last(self) -> None:
         """Start as the identity: the last norm's weight is set to zero (timm's hook)."""
@@ -58,9 +73,12 @@ class BasicBlock(_Block):
         downsample: module for the shortcut (1x1 conv and norm), or None for the identity.
         groups, base_width, dilation: only 1, 64, 1, as in torchvision.
         norm_layer: called with a number of channels; default nn.BatchNorm2d.
+        drop_path: stochastic depth: a probability, or a DropPath.
+        residual: False leaves the shortcut out: a plain network, for comparison.
 
     Raises:
-        ValueError: groups or base_width is not 1 and 64.
+        ValueError: groups or base_width is not 1 and 64; a drop_path outside [0, 1]; a downsample
+            or drop_path without residual.
         NotImplementedError: dilation > 1.
     """
 
@@ -77,6 +95,9 @@ class BasicBlock(_Block):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        drop_path: float | DropPath = 0.0,
+        residual: bool = True,
     ):
         nn.Module.__init__(self)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -89,17 +110,15 @@ class BasicBlock(_Block):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
-        self.downsample = downsample
+        set_shortcut(self, downsample, drop_path, residual)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, planes, ceil(H / stride), ceil(W / stride)]."""
-        return chain(
+        return self._add_to_shortcut(
             x,
             (self.conv1, self.bn1, self.relu),
             (self.conv2, self.bn2, self.relu),
-            se=getattr(self, "se", None),
-            residual=partial(shortcut, x, self.downsample),
         )
 
 
@@ -124,6 +143,9 @@ class Bottleneck(_Block):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        drop_path: float | DropPath = 0.0,
+        residual: bool = True,
     ):
         nn.Module.__init__(self)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -135,18 +157,16 @@ class Bottleneck(_Block):
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
+        set_shortcut(self, downsample, drop_path, residual)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, ceil(H / stride), ceil(W / stride)]."""
-        return chain(
+        return self._add_to_shortcut(
             x,
             (self.conv1, self.bn1, self.relu),
             (self.conv2, self.bn2, self.relu),
             (self.conv3, self.bn3, self.relu),
-            se=getattr(self, "se", None),
-            residual=partial(shortcut, x, self.downsample),
         )
 
 

@@ -10,15 +10,16 @@ from ..layout import conv_memory_format, dense
 from ..ops import conv_stats
 from ..ops.bn_act import saves_mask
 from ..ops.conv_tail import Tail, conv_tail, tail_op, worth_recomputing
+from ..ops.convolution import conv_shape
 from .recognise import SE, se_of, wants_grad
-from .unit import Batch, Pending, State, Unit, activate, operands, value
+from .unit import Batch, Pending, State, Unit, activate, materialise, operands, value
 
-_NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
+NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
 
 
 def convolve(unit: Unit, state: State) -> Pending:
     """The unit's convolution of ``state``; its own norm and activation are left pending."""
-    prologue = state.prologue if isinstance(state, Pending) else _NO_PROLOGUE
+    prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
     x, weight, bias = operands(value(state), unit.conv)
     raw, mean, var = conv_stats.op(
         x, *prologue, weight, bias, *unit.geometry, unit.norm.batch_stats
@@ -31,33 +32,46 @@ def convolve(unit: Unit, state: State) -> Pending:
 
 
 def tail(
-    unit: Unit, state: State, residual: Tensor | None, se: nn.Module | None, batches: list[Batch]
+    unit: Unit,
+    state: State,
+    residual: State | None,
+    se: nn.Module | None,
+    scale: Tensor | None,
+    batches: list[Batch],
 ) -> Tensor | None:
     """The last unit with squeeze-excite, residual and activation; None where they do not fit."""
     mlp = None if se is None else se_of(se)
     if isinstance(mlp, str):
         dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
         return None
+    if mlp is not None and not mlp.has_op:  # the gate needs the norm's result
+        return None
     norm, params = unit.norm, _mlp_params(mlp)
     x, weight, bias = operands(value(state), unit.conv)
-    out = conv_shape(unit, x)
+    out = conv_shape(x, weight, unit.geometry)
+    side, side_norm = (None,) * 4, None
+    if mlp is not None:
+        residual = materialise(residual)
     if residual is not None:
-        if residual.shape != out or residual.device != x.device:
+        if value(residual).shape != out or value(residual).device != x.device:
             return None
+        if isinstance(residual, Pending) and residual.raw.dtype == x.dtype:
+            *side, batch_stats, eps, _ = residual.prologue
+            side_norm, residual = (batch_stats, eps), residual.raw
         layout = conv_memory_format(x, weight)
-        residual = residual.to(x.dtype).contiguous(memory_format=layout)
+        residual = materialise(residual).to(x.dtype).contiguous(memory_format=layout)
     if norm.batch_stats and min(out) >= 0:  # else the convolution raises
         checks.more_than_one_value(torch.empty(out, device="meta"))
-    spec = Tail(norm.batch_stats, norm.eps, unit.act, mlp and (mlp.act, mlp.gate))
+    spec = Tail(norm.batch_stats, norm.eps, unit.act, mlp and (mlp.act, mlp.gate), side_norm)
     affine = norm.weight, norm.bias
-    graded = wants_grad(x, weight, bias, *affine, *params, residual, *_graded(state))
+    graded = wants_grad(x, weight, bias, *affine, *params, residual, *side[:2], *_graded(state))
     save_mask = graded and saves_mask(unit.act, residual)
     recompute = graded and worth_recomputing(x, weight, unit.geometry)
     if recompute and isinstance(state, Pending) and (save_mask or unit.act == "identity"):
         stats = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
         y, mean, var = conv_tail(
             x, state.prologue, weight, bias, unit.geometry, spec, affine, params, residual, stats,
-            save_mask,
+            side, scale, save_mask,
         )  # fmt: skip
         batches.append((norm, mean, var, y.shape))
     else:
@@ -65,7 +79,7 @@ def tail(
         batches.append((norm, pending.mean, pending.var, pending.raw.shape))
         stats = pending.mean, pending.var
         raw = dense(pending.raw)
-        y = tail_op(raw, spec, affine, params, residual, stats, save_mask)[0]
+        y = tail_op(raw, spec, affine, params, residual, stats, side, scale, save_mask)[0]
     return y if unit.then is None else activate(y, unit.then)
 
 
@@ -75,14 +89,3 @@ def _mlp_params(se: SE | None) -> tuple:
 
 def _graded(state: State) -> tuple[Tensor | None, ...]:
     return (state.norm.weight, state.norm.bias) if isinstance(state, Pending) else ()
-
-
-def conv_shape(unit: Unit, x: Tensor) -> torch.Size:
-    """The shape of the unit's result."""
-    stride, padding, dilation, _ = unit.geometry
-    kernel = unit.conv.kernel_size
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    return torch.Size((x.shape[0], unit.conv.out_channels, *size))

@@ -55,21 +55,21 @@ def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
         return found
     name = act_of(act)
     unit = Unit(conv, geometry, found, name or "identity", None if name is not None else act)
-    return _misfit(unit, value(state)) or unit
+    return misfit(unit.conv, value(state), found) or unit
 
 
-def _misfit(unit: Unit, x: Tensor) -> str | None:
+def misfit(conv: nn.Conv2d, x: Tensor, norm: Norm | None = None) -> str | None:
     """A reason when PyTorch's own modules must see these operands (and may raise on them)."""
-    weight = unit.conv.weight
+    weight = conv.weight
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions, not 4"
     if x.dtype not in dispatch.DTYPES:
         return f"the input is {x.dtype}"
-    if x.shape[1] != weight.shape[1] * unit.conv.groups or x.device != weight.device:
+    if x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
         return "the input does not fit the convolution"
     if x.dtype != weight.dtype and not autocasts(x, weight):
         return f"the input is {x.dtype}, the convolution's weight {weight.dtype}"
-    per_channel = unit.norm.weight, unit.norm.running_mean
+    per_channel = () if norm is None else (norm.weight, norm.running_mean)
     if any(p is not None and len(p) != weight.shape[0] for p in per_channel):
         return "the norm does not fit the convolution"
     return None
@@ -93,9 +93,9 @@ def value(state: State) -> Tensor:
     return state.raw if isinstance(state, Pending) else state
 
 
-def materialise(state: State) -> Tensor:
+def materialise(state: State | None) -> Tensor | None:
     """The tensor that a state stands for."""
-    if isinstance(state, Tensor):
+    if not isinstance(state, Pending):
         return state
     weight, bias, *bn = state.prologue
     return bn_act.op(dense(state.raw), weight, bias, None, *bn, False)[0]

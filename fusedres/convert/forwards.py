@@ -7,14 +7,16 @@ library puts into its block, the parts around it stay fused and the result stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch, functional
-from ..blocks.chain import add_act, chain, shortcut
+from .. import dispatch
+from ..blocks import squeeze
+from ..blocks.chain import Scale, add_act, chain, project, settled
 from ..blocks.recognise import SE, hooked, se_of
 from .activations import act_name, gate_name
 from .recipe import recipe_of
@@ -82,11 +84,16 @@ def _advance(x: Tensor, todo: list[Segment | nn.Module]) -> tuple[Tensor, list[S
     return x, pending
 
 
-def _flush(x: Tensor, pending: list[Segment], residual: Tensor | None = None) -> Tensor:
+def _flush(
+    x: Tensor,
+    pending: list[Segment],
+    residual: partial | None = None,
+    scale: Scale | None = None,
+) -> Tensor:
     if not pending:
         return x
     triples = [(s.conv, s.norm, s.act) for s in pending]
-    return chain(x, *triples, residual=residual, se=pending[-1].se)
+    return chain(x, *triples, residual=residual, se=pending[-1].se, scale=scale)
 
 
 def run(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
@@ -95,7 +102,12 @@ def run(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
 
 
 def pointwise_se(
-    fc1: nn.Module, act: nn.Module, fc2: nn.Module, gate: nn.Module, *others: nn.Module
+    fc1: nn.Module,
+    act: nn.Module,
+    fc2: nn.Module,
+    gate: nn.Module,
+    *others: nn.Module,
+    pool: str = "mean",
 ) -> SE | str:
     """The squeeze-excite made of these layers, or the reason it is none for the fused op.
 
@@ -111,7 +123,16 @@ def pointwise_se(
     names = act_name(act), gate_name(gate)
     if None in names:
         return f"no fused form of {type(act).__name__} with {type(gate).__name__}"
-    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, *names)
+    return SE(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, *names, pool)
+
+
+def effective_se(fc: nn.Module, gate: nn.Module, pool: str = "mean") -> SE | str:
+    """The one-layer squeeze-excite, or the reason it is none for the fused ops."""
+    if not _is_pointwise(fc):
+        return f"{type(fc).__name__} is not a plain 1x1 convolution"
+    if (name := gate_name(gate)) is None:
+        return f"no fused form of {type(gate).__name__}"
+    return hooked(fc) or SE(fc.weight.flatten(1), fc.bias, None, None, "identity", name, pool)
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
@@ -132,11 +153,7 @@ def squeeze_excite(
     x: Tensor, module: nn.Module, residual: Tensor | None = None, post_act: str | None = None
 ) -> Tensor:
     """``post_act(module(x) + residual)`` for a module that has a squeeze-excite."""
-    se = se_of(module)
-    return functional.squeeze_excite(
-        x, se.w1, se.b1, se.w2, se.b2,
-        residual=residual, act=se.act, gate=se.gate, post_act=post_act or "identity",
-    )  # fmt: skip
+    return squeeze.squeeze_excite(x, se_of(module), residual, post_act or "identity")
 
 
 def residual_block(
@@ -145,7 +162,7 @@ def residual_block(
     *,
     skip: nn.Module | None,
     act: nn.Module,
-    row_scale: Callable[[Tensor], Tensor] | None = None,
+    row_scale: Scale | None = None,
     promotes: bool = False,
 ) -> Tensor:
     """``act(row_scale * body(x) + skip(x))``, the end of it in one pass where that is possible.
@@ -154,41 +171,40 @@ def residual_block(
         row_scale: draws stochastic depth's ``[N]`` factors for the branch it is given.
         promotes: whether the peer adds as ``a + b``; most add into the branch, in its dtype.
     """
-    identity, name = shortcut(x, skip), act_name(act)
-    todo = steps(body)
+    name, todo, skipped = act_name(act), steps(body), list(flat((skip,)))
+    identity = partial(_project, x, skipped)
     _tell_unfused([*todo, *([act] if name is None else [])])
-    if row_scale is not None:
-        x = _add_scaled(_flush(*_advance(x, todo)), identity, row_scale, name)
-    elif promotes and _autocast_dtype(x) != identity.dtype:
-        x = _flush(*_advance(x, todo))
-        x = add_act(x.to(torch.promote_types(x.dtype, identity.dtype)), identity, name)
+    projects = len(skipped) >= 2 and isinstance(skipped[-2], nn.Conv2d)
+    if promotes and not projects and _autocast_dtype(x) != x.dtype:
+        branch, residual = _flush(*_advance(x, todo)), settled(identity)
+        x = add_act(branch.to(torch.promote_types(branch.dtype, residual.dtype)), residual, name)
     else:
-        x = _add(x, todo, identity, name)
+        x = _add(x, todo, identity, name, row_scale)
     return x if name is not None else act(x)
 
 
-def _add(x: Tensor, todo: list[Segment | nn.Module], identity: Tensor, act: str | None) -> Tensor:
-    """``act(todo(x) + identity)``."""
+def _project(x: Tensor, modules: list[nn.Module], batches: list) -> Tensor:
+    return project(run(x, modules[:-2]), modules[-2:], batches)
+
+
+def _add(
+    x: Tensor,
+    todo: list[Segment | nn.Module],
+    identity: partial,
+    act: str | None,
+    row_scale: Scale | None,
+) -> Tensor:
+    """``act(row_scale * todo(x) + identity)``."""
     se = todo.pop() if has_se(todo[-1]) else None
     x, pending = _advance(x, todo)
     if se is None and pending and pending[-1].act is None:
         pending[-1] = pending[-1]._replace(act=act)
-        return _flush(x, pending, identity)
-    x = _flush(x, pending)
-    if se is not None and identity.shape == x.shape:
-        return squeeze_excite(x, se, identity.to(x.dtype), act)
-    return add_act(x if se is None else se(x), identity, act)
-
-
-def _add_scaled(
-    x: Tensor, identity: Tensor, row_scale: Callable[[Tensor], Tensor], act: str | None
-) -> Tensor:
-    """``act(row_scale * x + identity)``."""
-    scale = row_scale(x)
-    if identity.shape != x.shape:  # PyTorch broadcasts
-        return add_act(x * scale.to(x.dtype).view(-1, 1, 1, 1), identity, act)
-    identity = identity.to(x.dtype)
-    return functional.residual_mix(x, identity, row_scale=scale, act=act or "identity")
+        return _flush(x, pending, identity, row_scale)
+    x, residual = _flush(x, pending), settled(identity)
+    if se is not None and residual.shape == x.shape and row_scale is None:
+        return squeeze_excite(x, se, residual.to(x.dtype), act)
+    x = x if se is None else se(x)
+    return add_act(x, residual, act, row_scale and row_scale(x))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,8 @@ The squeeze-excite and norm inside a block are modules of their own and have the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,23 +15,67 @@ from .recipe import Recipe
 
 
 def basic_block(self: nn.Module, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.bn2(self.conv2(out))
-    return _add_shortcut(self, out, x)
+    def branch() -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out))
+
+    return _add_shortcut(self, branch, x)
 
 
 def bottleneck(self: nn.Module, x: Tensor) -> Tensor:
-    out = self.relu(self.bn1(self.conv1(x)))
-    out = self.relu(self.bn2(self.conv2(out)))
-    out = self.bn3(self.conv3(out))
-    return _add_shortcut(self, out, x)
+    def branch() -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out))
+
+    return _add_shortcut(self, branch, x)
 
 
-def _add_shortcut(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    if hasattr(block, "se"):
+def _add_shortcut(block: nn.Module, branch: Callable[[], Tensor], x: Tensor) -> Tensor:
+    runs, scale = (True, None) if block.drop_path is None else block.drop_path.plan(x)
+    out = branch() if runs else None
+    if runs and hasattr(block, "se"):
         out = block.se(out)
-    shortcut = x if block.downsample is None else block.downsample(x)
+    if not block.residual:
+        return block.relu(out)
+    if scale is not None and runs:
+        out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
+    shortcut = x.clone() if block.downsample is None else block.downsample(x)
+    if not runs:
+        return block.relu(shortcut)
     return block.relu(out + shortcut.to(out.dtype))  # torchvision adds into the branch: its dtype
+
+
+def preact_block(self: nn.Module, x: Tensor) -> Tensor:
+    runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
+    if not runs and self.downsample is None:
+        return x
+    h = self.relu(self.norm1(x))
+    shortcut = x if self.downsample is None else self.downsample(h)
+    if not runs:
+        return shortcut
+    out = self.relu(self.norm2(self.conv1(h)))
+    if hasattr(self, "conv3"):
+        out = self.conv3(self.relu(self.norm3(self.conv2(out))))
+    else:
+        out = self.conv2(out if self.dropout is None else self.dropout(out))
+    if scale is not None:
+        out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
+    return out + shortcut if self.residual else out
+
+
+def preact_stage(self: nn.Module, x: Tensor) -> Tensor:
+    return self.blocks(x)
+
+
+def preact_resnet(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.relu(self.norm(self.stages(self.stem(x))))
+    return torch.flatten(self.head(x), 1)
+
+
+def wide_resnet(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+    return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
 
 
 def resnet(self: nn.Module, x: Tensor) -> Tensor:
@@ -61,7 +107,13 @@ RECIPES = (
     Recipe("fusedres.blocks.resnet.BasicBlock", reads=None, forward=basic_block),
     Recipe("fusedres.blocks.resnet.Bottleneck", reads=None, forward=bottleneck),
     Recipe("fusedres.models.ResNet", reads=None, forward=resnet),
+    Recipe("fusedres.blocks.preact.PreActBasicBlock", reads=None, forward=preact_block),
+    Recipe("fusedres.blocks.preact.PreActBottleneck", reads=None, forward=preact_block),
+    Recipe("fusedres.blocks.preact.PreActStage", reads=None, forward=preact_stage),
+    Recipe("fusedres.preact.PreActResNet", reads=None, forward=preact_resnet),
+    Recipe("fusedres.preact.WideResNet", reads=None, forward=wide_resnet),
     Recipe("fusedres.blocks.layers.BatchNormAct2d", reads=None, forward=batch_norm_act),
     Recipe("fusedres.blocks.layers.ConvBNAct2d", reads=None, forward=conv_bn_act),
     Recipe("fusedres.blocks.layers.SqueezeExcite", reads=None, forward=squeeze_excite),
+    Recipe("fusedres.blocks.layers.EffectiveSqueezeExcite", reads=None, forward=squeeze_excite),
 )

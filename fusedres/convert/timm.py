@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from ..blocks import layers
 from ..blocks.recognise import SE, hooked
 from .activations import act_name
-from .forwards import pointwise_se, residual_block, run, squeeze_excite_forward
+from .forwards import (
+    effective_se,
+    pointwise_se,
+    residual_block,
+    run,
+    squeeze_excite_forward,
+)
 from .recipe import Recipe
 
 
@@ -82,14 +88,19 @@ def batch_norm_act(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _residual_block(
-    block: nn.Module, x: Tensor, body: tuple[nn.Module | None, ...], act: nn.Module
+    block: nn.Module,
+    x: Tensor,
+    body: tuple[nn.Module | None, ...],
+    act: nn.Module,
+    promotes: bool = False,
 ) -> Tensor:
     """The end that timm's blocks share: drop path, shortcut, activation."""
     drop_path, row_scale = _active(block.drop_path), None
     if drop_path is not None and _is_drop_path(drop_path):
         row_scale, drop_path = _row_scale(drop_path), None
     body = (*body, drop_path)
-    return residual_block(x, body, skip=block.downsample, act=act, row_scale=row_scale)
+    branch = dict(row_scale=row_scale, promotes=promotes)
+    return residual_block(x, body, skip=block.downsample, act=act, **branch)
 
 
 def _is_drop_path(module: nn.Module) -> bool:
@@ -121,11 +132,24 @@ def _row_scale(drop_path: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def squeeze_excite(module: nn.Module) -> SE | str:
-    if module.add_maxpool:
-        return "squeeze-excite with a max-pool"
     if act_name(module.bn) != "identity":
         return "squeeze-excite with a norm inside"
-    return pointwise_se(module.fc1, module.act, module.fc2, module.gate)
+    return pointwise_se(module.fc1, module.act, module.fc2, module.gate, pool=_pool(module))
+
+
+def effective_squeeze_excite(module: nn.Module) -> SE | str:
+    return effective_se(module.fc, module.gate, _pool(module))
+
+
+def _pool(module: nn.Module) -> str:
+    return "mean_max" if module.add_maxpool else "mean"
+
+
+def regnet_bottleneck(self: nn.Module, x: Tensor) -> Tensor:
+    body = self.conv1, self.conv2, self.se, self.conv3
+    if self.downsample is None:  # a block without a shortcut
+        return self.act3(run(x, body))
+    return _residual_block(self, x, body, self.act3, promotes=True)
 
 
 def senet_squeeze_excite(module: nn.Module) -> SE | str:
@@ -179,6 +203,11 @@ RECIPES = (
         forward=senet_block,
     ),
     Recipe(
+        "timm.models.regnet.Bottleneck",
+        reads="conv1 conv2 se conv3 downsample drop_path act3",
+        forward=regnet_bottleneck,
+    ),
+    Recipe(
         "timm.layers.conv_bn_act.ConvNormAct",
         reads="conv bn getattr aa",
         forward=conv_norm_act,
@@ -195,6 +224,11 @@ RECIPES = (
         "timm.layers.squeeze_excite.SEModule",
         "mean add_maxpool amax fc1 act bn fc2 gate",
         squeeze_excite,
+    ),
+    _se(
+        "timm.layers.squeeze_excite.EffectiveSEModule",
+        "mean add_maxpool amax fc gate",
+        effective_squeeze_excite,
     ),
     _se(
         "timm.models._efficientnet_blocks.SqueezeExcite",

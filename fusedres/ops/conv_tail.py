@@ -9,7 +9,7 @@ largest tensors of the network: 18% of what a fused ResNet-50 would keep otherwi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dispatch
 from ..layout import dense, in_layout, memory_format, unpack_mask
 from ..reference import masked_activation
-from . import bn_act, bn_se_act, conv_stats
+from . import bn_act, bn_se_act, conv_stats, residual_add
 from .convolution import Geometry, convolution
 from .define import transformed, vjp
 
@@ -32,6 +32,7 @@ class Tail:
     eps: float
     act: str
     se: tuple[str, str] | None = None  # (se_act, gate)
+    side: tuple[bool, float] | None = None  # (batch_stats, eps) of a norm on the residual
 
 
 def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -46,8 +47,16 @@ def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return pointwise and expands and weight.shape[1] <= RECOMPUTE_MAX_CHANNELS
 
 
-def tail_op(raw, tail: Tail, norm, mlp, residual, stats, save_mask: bool) -> tuple[Tensor, ...]:
-    """``bn_act``, or ``bn_se_act`` where there is an MLP; ``(y, mean, var, *rest, mask)``."""
+def tail_op(
+    raw, tail: Tail, norm, mlp, residual, stats, side, scale, save_mask: bool
+) -> tuple[Tensor, ...]:
+    """``bn_act``, ``bn_se_act`` with an MLP, or ``residual_add`` with a scale or a norm on the
+    residual (which need the statistics); ``(y, mean, var, *rest, mask)``."""
+    if tail.side is not None or scale is not None:
+        y, mask, *_ = residual_add.op(
+            raw, *norm, *stats, residual, *side, scale, *_numbers(tail), tail.act, save_mask, False
+        )
+        return y, *(t.clone() for t in stats), mask
     if tail.se is None:
         return bn_act.op(
             raw, *norm, residual, *stats, tail.batch_stats, tail.eps, tail.act, save_mask
@@ -58,7 +67,14 @@ def tail_op(raw, tail: Tail, norm, mlp, residual, stats, save_mask: bool) -> tup
     )  # fmt: skip
 
 
-def conv_tail(x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, stats, save_mask):
+def _numbers(tail: Tail) -> tuple[bool, bool, float, float]:
+    side_batch_stats, side_eps = tail.side or (False, 0.0)
+    return tail.batch_stats, side_batch_stats, tail.eps, side_eps
+
+
+def conv_tail(
+    x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, stats, side, scale, save_mask
+):
     """``tail(conv(act(bn(x))))``.
 
     Args:
@@ -66,27 +82,30 @@ def conv_tail(x, bn, weight, bias, geometry, tail: Tail, norm, mlp, residual, st
         norm: (weight, bias) of the norm behind it; stats: its running (mean, var) where those
             are to be used, else (None, None).
         mlp: (w1, b1, w2, b2), all None without squeeze-excite.
+        side: (weight, bias, mean, var) of a norm on the residual, all None without one.
+        scale: [N, 1] factors of the normalised result, or None; it gets no gradient.
         save_mask: whether the tail's activation leaves a mask for the backward.
 
     Returns:
         y, and the mean and variance that normalised it.
     """
     spec = tail, geometry, bn[4:], save_mask
-    return _ConvTail.apply(spec, x, *bn[:4], weight, bias, *norm, *mlp, residual, *stats)[:3]
+    tensors = *bn[:4], weight, bias, *norm, *mlp, residual, *stats, *side, scale
+    return _ConvTail.apply(spec, x, *tensors)[:3]
 
 
 def _forward(spec, x, *tensors):
     tail, geometry, rest, save_mask = spec
-    bn, (weight, bias), norm, mlp, residual, stats = _split(tensors)
+    bn, (weight, bias), norm, mlp, residual, stats, side, scale = _split(tensors)
     raw, *batch = conv_stats.op(x, *bn, *rest, weight, bias, *geometry, tail.batch_stats)
     stats = batch if tail.batch_stats else stats
-    return tail_op(dense(raw), tail, norm, mlp, residual, stats, save_mask)
+    return tail_op(dense(raw), tail, norm, mlp, residual, stats, side, scale, save_mask)
 
 
 def _split(tensors):
-    """prologue, convolution, norm, mlp, residual and running statistics, in that order."""
+    """prologue, convolution, norm, mlp, residual, running statistics, its norm, scale."""
     t = tensors
-    return t[:4], t[4:6], t[6:8], t[8:12], t[12], t[13:15]
+    return t[:4], t[4:6], t[6:8], t[8:12], t[12], t[13:15], t[15:19], t[19]
 
 
 class _ConvTail(torch.autograd.Function):
@@ -94,11 +113,16 @@ class _ConvTail(torch.autograd.Function):
     def forward(ctx, spec, x, *tensors):
         y, mean, var, *rest = _forward(spec, x, *tensors)
         ctx.spec, ctx.layout = spec, memory_format(y)
-        # The residual's value is in the mask, or (identity) not needed at all. Running statistics
-        # may be updated in place before the backward: keep the values.
-        kept = [None if i == 12 else t for i, t in enumerate(tensors)]
-        for i, batch_stats in ((2, spec[2][0]), (3, spec[2][0]), (13, False), (14, False)):
-            kept[i] = kept[i] if batch_stats or kept[i] is None else kept[i].clone()
+        tail, _, (bn_batch_stats, *_), _ = spec
+        kept = list(tensors)
+        if tail.side is None:  # the residual's value is in the mask, or (identity) not needed
+            kept[12] = None
+        # Running statistics may be updated in place before the backward: keep the values.
+        running = [13, 14]
+        running += [] if bn_batch_stats else [2, 3]
+        running += [17, 18] if tail.side is not None and not tail.side[0] else []
+        for i in running:
+            kept[i] = None if kept[i] is None else kept[i].clone()
         ctx.save_for_backward(x, *kept, mean, var, *rest)
         ctx.mark_non_differentiable(mean, var, *rest)
         ctx.set_materialize_grads(False)
@@ -107,21 +131,22 @@ class _ConvTail(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 17
+            return (None,) * 22
         x, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        tensors, (mean, var, *rest) = saved[:15], saved[15:]
+        tensors, (mean, var, *rest) = saved[:20], saved[20:]
         if torch.is_grad_enabled():
             dy, *_ = in_layout(ctx.layout, dy)
             return None, *_backward_of_backward(ctx.spec, x, tensors, rest[-1], dy, needed)
         tail, geometry, bn_rest, _ = ctx.spec
-        bn, (weight, bias), norm, mlp, _, _ = _split(tensors)
+        bn, (weight, bias), norm, mlp, residual, _, side, scale = _split(tensors)
         h = conv_stats.prologue(x, *bn, *bn_rest)
         # The mask is in the result's layout; hooks on saved tensors may change that of x.
-        raw, dy = in_layout(ctx.layout, convolution(h, weight, bias, geometry), dy)
-        needs_residual = needed[13]
-        draw, dnorm, dmlp, dresidual = _tail_backward(
-            dy, raw, tail, norm, mlp, mean, var, rest, needs_residual
+        raw, dy, residual = in_layout(
+            ctx.layout, convolution(h, weight, bias, geometry), dy, residual
+        )
+        draw, dnorm, dmlp, dresidual, dside = _tail_backward(
+            dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needed[13]
         )
         inputs = x, *bn[:2], weight, bias
         which = needed[0], needed[1], needed[2], needed[5], needed[6]
@@ -130,13 +155,24 @@ class _ConvTail(torch.autograd.Function):
             draw, inputs, statistics, geometry, which, h
         )
         grads = dx, dbn_weight, dbn_bias, None, None, dweight, dbias, *dnorm, *dmlp, dresidual
-        grads = [g if need else None for g, need in zip(grads, needed[:14], strict=True)]
-        return None, *grads, None, None
+        grads = *grads, None, None, *dside, None, None, None
+        return None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-def _tail_backward(dy, raw, tail, norm, mlp, mean, var, rest, needs_residual):
-    """Gradients of (raw, norm, mlp, residual)."""
+def _tail_backward(
+    dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needs_residual
+):
+    """Gradients of (raw, norm, mlp, residual, the residual's norm)."""
     want = needs_residual and tail.act != "identity"
+    if tail.side is not None or scale is not None:
+        normed = tail.side is not None
+        draw, *dnorm, dresidual, dside_weight, dside_bias, _ = residual_add.backward_op(
+            dy, raw, *norm, mean, var, residual, *side, scale, *rest, *_numbers(tail), tail.act,
+            True, normed, needs_residual,
+        )  # fmt: skip
+        params, grads = (*norm, *side[:2]), (*dnorm, dside_weight, dside_bias)
+        cast = [None if p is None else g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+        return draw, cast[:2], [None] * 4, dresidual, cast[2:]
     if tail.se is None:
         draw, dweight, dbias, dresidual = bn_act.backward_op(
             dy, raw, *norm, None, mean, var, *rest, tail.batch_stats, tail.eps, tail.act, want
@@ -152,7 +188,7 @@ def _tail_backward(dy, raw, tail, norm, mlp, mean, var, rest, needs_residual):
     params = (*norm, *mlp)
     grads = (dweight, dbias, *dmlp)
     cast = [None if p is None else g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
-    return draw, cast[:2], cast[2:], dresidual
+    return draw, cast[:2], cast[2:], dresidual, [None] * 2
 
 
 def _backward_of_backward(spec, x, tensors, mask, dy, needed):
@@ -161,12 +197,12 @@ def _backward_of_backward(spec, x, tensors, mask, dy, needed):
     has_residual = mask.numel() > 0
 
     def fn(x, *tensors):
-        linear = Tail(tail.batch_stats, tail.eps, "identity", tail.se)
+        linear = replace(tail, act="identity")
         act = linear if has_residual else tail
         y = _forward((act, *others[:2], False), x, *tensors)[0]
         return masked_activation(y, tail.act, unpack_mask(mask, dy)) if has_residual else y
 
     tensors = list(tensors)
-    if needed[13]:
+    if needed[13] and tensors[12] is None:
         tensors[12] = torch.zeros_like(dy)
     return vjp(fn, (x, *tensors), needed, dy)

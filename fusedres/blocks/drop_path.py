@@ -1,0 +1,124 @@
+"""Stochastic depth: whole residual branches dropped at random in training (Huang et al. 2016)."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .. import checks
+from .chain import Scale
+
+MODES = ("row", "batch")
+
+
+class DropPath(nn.Module):
+    """``x * s / (1 - p)``, s zero with probability p, in training; x itself in evaluation.
+
+    By itself it is torchvision's StochasticDepth and timm's DropPath, with their random numbers. In
+    a block (``drop_path=``) it is no pass of its own: s is a factor in the pass that adds the
+    shortcut, and in mode "batch" a dropped branch is not run at all (its norms do not count the
+    batch, its parameters get no gradient).
+
+    Args:
+        p: probability of dropping.
+        mode: "row" draws for each image, "batch" once for all.
+        scale_by_keep: divide what is kept by 1 - p, so that the expected value stays.
+        generator: draws from it instead of PyTorch's global one. Activation checkpointing replays
+            the global one only.
+
+    Raises:
+        ValueError: p outside [0, 1]; an unknown mode.
+
+    Source: Huang et al. 2016, section 3.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.0,
+        mode: str = "row",
+        scale_by_keep: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p: wanted a probability from 0 to 1, got {p}")
+        checks.one_of("mode", mode, MODES)
+        self.p, self.mode, self.scale_by_keep = p, mode, scale_by_keep
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [N, ...]; returns the same shape and dtype."""
+        if not self.active:
+            return x
+        return x * self.factors(x).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.p > 0
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Draws the factor of each image: [N]."""
+        if self.mode == "row":
+            return self._draw(x, x.shape[0])
+        return self._draw(x, 1).expand(x.shape[0])
+
+    def plan(self, x: Tensor) -> tuple[bool, Scale | None]:
+        """Whether a block runs its branch for this ``x``, and what draws the branch's factors."""
+        if not self.active:
+            return True, None
+        traced = torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
+        if self.mode == "row" or traced:  # a trace cannot leave the branch out
+            return True, self.factors
+        factor = self._draw(x, 1)
+        return bool(factor), lambda branch: factor.expand(branch.shape[0])
+
+    def _draw(self, x: Tensor, number: int) -> Tensor:
+        keep = 1.0 - self.p
+        # Drawn in x's dtype, for the numbers of the peers; divided in one that can hold 1 / keep.
+        drawn = x.new_empty(number).bernoulli_(keep, generator=self.generator)
+        drawn = drawn.to(torch.promote_types(x.dtype, torch.float32))
+        return drawn / keep if keep > 0 and self.scale_by_keep else drawn
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3g}, mode={self.mode!r}"
+
+
+def drop_path_of(drop_path: float | DropPath | nn.Module) -> DropPath | None:
+    """A block's ``drop_path`` argument as a module, None where it drops nothing.
+
+    Raises:
+        TypeError: neither a number nor a DropPath.
+        ValueError: a number outside [0, 1].
+    """
+    if isinstance(drop_path, DropPath):
+        return drop_path
+    if not isinstance(drop_path, int | float):
+        kind = type(drop_path).__name__
+        raise TypeError(f"drop_path: wanted a probability or a fusedres.DropPath, got {kind}")
+    if not 0 <= drop_path <= 1:
+        raise ValueError(f"drop_path: wanted a probability from 0 to 1, got {drop_path}")
+    return DropPath(drop_path) if drop_path else None
+
+
+def set_shortcut(
+    block: nn.Module, downsample: nn.Module | None, drop_path: float | DropPath, residual: bool
+) -> None:
+    """Gives a block the attributes that say what its branch is added to, and when.
+
+    Raises:
+        ValueError: a downsample or drop_path in a block that has no shortcut.
+    """
+    if not residual and (downsample is not None or drop_path):
+        raise ValueError("residual: wanted True with a downsample or drop_path, got False")
+    block.downsample = downsample
+    block.drop_path = drop_path_of(drop_path)
+    block.residual = residual
+
+
+def linear_decay(rate: float, blocks: int) -> list[float]:
+    """Each block's probability, from 0 for the first to ``rate`` for the last.
+
+    timm's form of Huang et al. 2016, equation 4, which starts at ``rate / blocks``.
+    """
+    return [rate * i / max(1, blocks - 1) for i in range(blocks)]
