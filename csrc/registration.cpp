@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_se_act_backward", TORCH_BOX(&fusedres::bn_se_act_backward));
   m.impl("residual_mix", TORCH_BOX(&fusedres::residual_mix));
   m.impl("residual_mix_backward", TORCH_BOX(&fusedres::residual_mix_backward));
+  m.impl("add_norm", TORCH_BOX(&fusedres::add_norm));
+  m.impl("add_norm_backward", TORCH_BOX(&fusedres::add_norm_backward));
   m.impl("fingerprint", TORCH_BOX(&fusedres::fingerprint));
 }
 

@@ -2,6 +2,8 @@
 
 from . import functional, models
 from .blocks import (
+    AddLayerNorm,
+    AddRMSNorm,
     BasicBlock,
     BatchNormAct2d,
     Bottleneck,
@@ -9,6 +11,7 @@ from .blocks import (
     SEBasicBlock,
     SEBottleneck,
     SqueezeExcite,
+    TransformerEncoderLayer,
 )
 from .convert import fuse, unfuse
 from .dispatch import backend, backends
@@ -16,6 +19,8 @@ from .report import Explanation, Verification, explain, verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BasicBlock",
     "BatchNormAct2d",
     "Bottleneck",
@@ -24,6 +29,7 @@ __all__ = [
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
+    "TransformerEncoderLayer",
     "Verification",
     "backend",
     "backends",

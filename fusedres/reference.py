@@ -116,6 +116,28 @@ def residual_mix(branch, shortcut, gate, row_scale, alpha, beta, act) -> tuple[T
     return ACTIVATIONS[act](z), z
 
 
+def scaled(branch, keep, row_scale, scale) -> Tensor:
+    """``scale * s[m] * keep * branch``: dropout and drop path; ``branch [M, D]``."""
+    if keep is not None:
+        branch = branch * keep
+    if row_scale is not None:
+        branch = branch * row_scale.to(branch.dtype)[:, None]
+    return branch if scale == 1.0 else branch * scale
+
+
+def scaled_add(branch, shortcut, keep, row_scale, scale) -> Tensor:
+    """``shortcut + scale * s[m] * keep * branch``: a residual addition."""
+    return shortcut + scaled(branch, keep, row_scale, scale)
+
+
+def norm(x, weight, bias, eps, kind: str) -> Tensor:
+    """Layer norm (Ba et al. 2016, eq. 3) or RMS norm (Zhang and Sennrich 2019, eq. 4) of rows."""
+    z, weight, bias = _acc(x, x, weight, bias)
+    if kind == "layer":
+        return F.layer_norm(z, x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.rms_norm(z, x.shape[-1:], weight, eps).to(x.dtype)
+
+
 def conv_stats(x, bn, weight, bias, stride, padding, dilation, groups) -> tuple[Tensor, ...]:
     """``conv(act(bn(x)))`` and the mean and biased variance of its result.
 

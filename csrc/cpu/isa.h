@@ -70,6 +70,22 @@ struct MixParams {
   Act act;
 };
 
+enum class Norm : int { kNone, kRms, kLayer };
+
+// Arguments of add_norm: row-major matrices [rows, cols], statistics and scales acc_t.
+struct NormParams {
+  int64_t rows, cols, tile_rows, partial_ld;
+  Norm norm;
+  const void *branch, *shortcut;  // scalar_t
+  const void *x, *dy, *dsum;      // scalar_t; x is the sum that the forward wrote
+  const uint8_t* keep;            // 0 or 1 an element; or null
+  const void *row_scale, *weight, *bias;
+  void *y, *sum, *dshortcut, *dbranch;
+  void *mean, *rstd;                    // [rows]
+  void *partial_weight, *partial_bias;  // [tiles, partial_ld]
+  double scale, eps;
+};
+
 // out[n, o] = bias[o] + sum_k a * w over small dense matrices, all acc_t, row-major.
 struct MatmulParams {
   const void *a, *w, *bias;
@@ -79,6 +95,7 @@ struct MatmulParams {
 
 using StreamFn = void (*)(const StreamParams&, int64_t begin, int64_t end);
 using MixFn = void (*)(const MixParams&, int64_t begin, int64_t end);
+using NormFn = void (*)(const NormParams&, int64_t begin, int64_t end);
 using MatmulFn = void (*)(const MatmulParams&, int64_t begin, int64_t end);
 using ConvertFn = void (*)(const void* from, void* to, int64_t n);
 
@@ -90,6 +107,8 @@ struct KernelTable {
   StreamFn bwd_apply[kDtypes][kUModes];
   MixFn mix_fwd[kDtypes];
   MixFn mix_bwd[kDtypes];
+  NormFn norm_fwd[kDtypes];
+  NormFn norm_bwd[kDtypes];
   MatmulFn matmul_nt[2];  // a [n, k], w [o, k]; range over o. [0] float, [1] double, also below
   MatmulFn matmul_nn[2];  // a [n, k], w [k, o]; range over blocks of 16 columns of o
   MatmulFn matmul_tn[2];  // a [n, o], w [n, k], out [o, k]; range over o

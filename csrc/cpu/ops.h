@@ -44,6 +44,12 @@ Tensors3 residual_mix_backward(Tensor dy, OptTensor branch, OptTensor shortcut, 
                                OptTensor row_scale, Tensor mask, double alpha, double beta,
                                std::string act);
 
+Tensors4 add_norm(Tensor branch, Tensor shortcut, OptTensor weight, OptTensor bias, OptTensor keep,
+                  OptTensor row_scale, double scale, double eps, std::string norm);
+Tensors4 add_norm_backward(Tensor sum, OptTensor dy, OptTensor dsum, OptTensor weight, Tensor mean,
+                           Tensor rstd, OptTensor keep, OptTensor row_scale, double scale,
+                           std::string norm);
+
 int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
                     Tensor mean, Tensor var);
 

@@ -254,6 +254,25 @@ FR_INLINE void store_bits(uint8_t* p, uint32_t bits, int n) {
   if (!kPartial || n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
 }
 
+// Sixteen bytes as numbers.
+template <typename S, bool kPartial>
+FR_INLINE Vec<S> load_bytes(const uint8_t* p, int n) {
+  constexpr int part = Vec<S>::kPartLanes;
+  typedef uint8_t Bytes __attribute__((vector_size(part)));
+  uint8_t bytes[kLanes] = {};
+  if (kPartial) {
+    copy_elements(bytes, p, n);
+    p = bytes;
+  }
+  Vec<S> r;
+  for (int i = 0; i < Vec<S>::kParts; ++i) {
+    Bytes b;
+    __builtin_memcpy(&b, p + i * part, part);
+    r.v[i] = __builtin_convertvector(b, typename Vec<S>::V);
+  }
+  return r;
+}
+
 template <typename S>
 __attribute__((noinline)) Vec<S> exp_of(Vec<S> a) {
   S lanes[kLanes];

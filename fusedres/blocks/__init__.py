@@ -2,8 +2,11 @@
 
 from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
+from .transformer import AddLayerNorm, AddRMSNorm, TransformerEncoderLayer
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BasicBlock",
     "BatchNormAct2d",
     "Bottleneck",
@@ -11,4 +14,5 @@ __all__ = [
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
+    "TransformerEncoderLayer",
 ]

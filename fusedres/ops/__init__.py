@@ -1,5 +1,13 @@
 """One file an op: schema, fake kernel, autograd, memory traffic. Importing this defines all."""
 
-from . import bn_act, bn_se_act, conv_bn_act, conv_stats, residual_mix, squeeze_excite
+from . import add_norm, bn_act, bn_se_act, conv_bn_act, conv_stats, residual_mix, squeeze_excite
 
-__all__ = ["bn_act", "bn_se_act", "conv_bn_act", "conv_stats", "residual_mix", "squeeze_excite"]
+__all__ = [
+    "add_norm",
+    "bn_act",
+    "bn_se_act",
+    "conv_bn_act",
+    "conv_stats",
+    "residual_mix",
+    "squeeze_excite",
+]
