@@ -8,10 +8,13 @@ from .blocks import (
     BatchNormAct2d,
     Bottleneck,
     ConvBNAct2d,
+    DenseBlock,
+    DenseLayer,
     SEBasicBlock,
     SEBottleneck,
     SqueezeExcite,
     TransformerEncoderLayer,
+    Transition,
 )
 from .convert import fuse, unfuse
 from .dispatch import backend, backends
@@ -25,10 +28,13 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "DenseBlock",
+    "DenseLayer",
     "Explanation",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
+    "Transition",
     "TransformerEncoderLayer",
     "Verification",
     "backend",

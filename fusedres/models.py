@@ -1,4 +1,4 @@
-"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation."""
+"""ResNet, Wide ResNet, ResNeXt, SE-ResNet, DenseNet: torchvision's keys and initialisation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from .blocks import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 from .blocks.chain import chain
 from .blocks.resnet import conv1x1
+from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201
 
 __all__ = [
+    "DenseNet",
     "ResNet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -1,6 +1,17 @@
 """One file an op: schema, fake kernel, autograd, memory traffic. Importing this defines all."""
 
-from . import add_norm, bn_act, bn_se_act, conv_bn_act, conv_stats, residual_mix, squeeze_excite
+from . import (
+    add_norm,
+    bn_act,
+    bn_se_act,
+    conv_bn_act,
+    conv_stats,
+    dense_block,
+    highway,
+    lstm_cell,
+    residual_mix,
+    squeeze_excite,
+)
 
 __all__ = [
     "add_norm",
@@ -8,6 +19,9 @@ __all__ = [
     "bn_se_act",
     "conv_bn_act",
     "conv_stats",
+    "dense_block",
+    "highway",
+    "lstm_cell",
     "residual_mix",
     "squeeze_excite",
 ]
