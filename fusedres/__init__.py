@@ -10,6 +10,11 @@ from .blocks import (
     ConvBNAct2d,
     DenseBlock,
     DenseLayer,
+    DenselyConnectedMLP,
+    Highway,
+    HighwayConv2d,
+    ResidualLSTMCell,
+    ResidualMLP,
     SEBasicBlock,
     SEBottleneck,
     SqueezeExcite,
@@ -18,7 +23,14 @@ from .blocks import (
 )
 from .convert import fuse, unfuse
 from .dispatch import backend, backends
-from .report import Explanation, Verification, explain, verify
+from .report import (
+    Explanation,
+    Propagation,
+    Verification,
+    explain,
+    propagation,
+    verify,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,12 +42,18 @@ __all__ = [
     "ConvBNAct2d",
     "DenseBlock",
     "DenseLayer",
+    "DenselyConnectedMLP",
     "Explanation",
+    "Highway",
+    "HighwayConv2d",
+    "Propagation",
+    "ResidualLSTMCell",
+    "ResidualMLP",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
-    "Transition",
     "TransformerEncoderLayer",
+    "Transition",
     "Verification",
     "backend",
     "backends",
@@ -43,6 +61,7 @@ __all__ = [
     "functional",
     "fuse",
     "models",
+    "propagation",
     "unfuse",
     "verify",
 ]

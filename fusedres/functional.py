@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .functional_gates import highway, lstm_cell
 from .functional_norm import add_layer_norm, add_rms_norm, dropout_add
 from .layout import dense, dense_like
 from .ops import bn_act, bn_se_act
@@ -28,6 +29,8 @@ __all__ = [
     "batch_norm_se_act",
     "conv_bn_act",
     "dropout_add",
+    "highway",
+    "lstm_cell",
     "residual_mix",
     "squeeze_excite",
 ]

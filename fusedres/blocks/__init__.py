@@ -1,7 +1,10 @@
 """Drop-in modules. Their ``forward`` is written in the functions of ``chain``."""
 
 from .densenet import DenseBlock, DenseLayer, Transition
+from .highway import Highway, HighwayConv2d
 from .layers import BatchNormAct2d, ConvBNAct2d, SqueezeExcite
+from .lstm import ResidualLSTMCell
+from .mlp import DenselyConnectedMLP, ResidualMLP
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 from .transformer import AddLayerNorm, AddRMSNorm, TransformerEncoderLayer
 
@@ -14,9 +17,14 @@ __all__ = [
     "ConvBNAct2d",
     "DenseBlock",
     "DenseLayer",
+    "DenselyConnectedMLP",
+    "Highway",
+    "HighwayConv2d",
+    "ResidualLSTMCell",
+    "ResidualMLP",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
-    "Transition",
     "TransformerEncoderLayer",
+    "Transition",
 ]

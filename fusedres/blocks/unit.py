@@ -82,6 +82,11 @@ def autocasts(*tensors: Tensor) -> bool:
     )
 
 
+def in_autocast(t: Tensor | None) -> Tensor | None:
+    """``t`` in the dtype that autocast computes products in."""
+    return None if t is None else t.to(torch.get_autocast_dtype(t.device.type))
+
+
 def operands(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input, weight and bias in the dtype that autocast would convolve in."""
     if not autocasts(x, conv.weight):

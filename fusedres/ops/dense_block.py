@@ -23,7 +23,7 @@ from .. import reference
 from ..layout import dense, memory_format
 from . import bn_act, conv_bn_act, conv_stats
 from .convolution import Geometry, convolution, convolution_backward
-from .define import Traffic, define, numel_bytes, vjp
+from .define import Traffic, by_reference, define, numel_bytes, vjp
 
 LOAD_SCHEMA = (
     "dense_load(Tensor buffer, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
@@ -256,7 +256,7 @@ class _DenseBlock(torch.autograd.Function):
         buffer, *saved = ctx.saved_tensors
         tensors, rest = saved[: TENSORS * count], saved[TENSORS * count :]
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
+        if by_reference("dense_block", buffer):
             grads = _differentiable_backward(ctx, buffer, tensors, dy, needed)
         else:
             grads = _backward(ctx, buffer, tensors, rest[:2], rest[2:], dy)
