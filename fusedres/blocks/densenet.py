@@ -162,6 +162,8 @@ def _halves_of(x: Tensor, layers: list[nn.Module]) -> list[tuple[Half, Half]] | 
         return "the compiler plans memory by itself"
     if torch._C._are_functorch_transforms_active():
         return "functorch's levels do not survive the block's own backward"
+    if autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type):
+        return f"the input is {x.dtype}: concatenated with autocast's results it stays so"
     found, channels = [], x.shape[1] if x.dim() > 1 else 0
     for layer in layers:
         if (reason := hooked(layer)) is not None:

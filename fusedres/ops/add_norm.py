@@ -106,7 +106,9 @@ def _differentiable_backward(ctx, dy, dsum, total, weight, bias, keep, row_scale
         def fn(total, weight, bias):
             return reference.norm(total, weight, bias, ctx.eps, ctx.norm)
 
-        dnorm, dweight, dbias = vjp(fn, (total, weight, bias), needed, dy)
+        dnorm, dweight, dbias = vjp(
+            fn, (total, weight, bias), needed, dy, related=torch.is_grad_enabled()
+        )
         dtotal = dnorm if dsum is None else dnorm + dsum
     dbranch = dtotal
     if scales_branch(keep, row_scale, ctx.scale):

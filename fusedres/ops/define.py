@@ -134,14 +134,25 @@ def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) ->
     )
 
 
-def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor) -> list:
+def vjp(
+    fn: Callable,
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dy: Tensor,
+    *,
+    related: bool = False,
+) -> list:
     """Gradients of ``fn(*inputs)`` by autograd; differentiable again while gradients are on.
 
     This is the backward of the reference backend, and of every backend when a graph of the
     backward is wanted (double backward): the op's meaning is differentiated, not its kernel.
+
+    Args:
+        related: whether one of the inputs was itself computed from others of them, as an output of
+            the node is: autograd would go on from it to those.
     """
     differentiable = torch.is_grad_enabled()
-    if torch._C._are_functorch_transforms_active():  # torch.func.grad and the like
+    if related or torch._C._are_functorch_transforms_active():  # torch.func.grad and the like
 
         def of_wanted(*wanted):
             given = iter(wanted)

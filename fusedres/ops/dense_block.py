@@ -338,4 +338,5 @@ def _differentiable_backward(ctx, buffer, tensors, dy, needed):
             x = torch.cat([x, new], 1)
         return x
 
-    return vjp(fn, (buffer[:, : ctx.channels], *tensors), needed, dy)
+    inputs = buffer[:, : ctx.channels], *tensors
+    return vjp(fn, inputs, needed, dy, related=torch.is_grad_enabled())

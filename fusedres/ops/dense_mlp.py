@@ -68,7 +68,8 @@ class _DenseMLP(torch.autograd.Function):
             def fn(x, *parameters):
                 return _plain(ctx.act, x, *parameters)
 
-            return None, *vjp(fn, (buffer[:, : ctx.width], *parameters), needed, dy)
+            inputs = buffer[:, : ctx.width], *parameters
+            return None, *vjp(fn, inputs, needed, dy, related=True)
         grads: list[Tensor | None] = [None] * (1 + len(parameters))
         dbuffer, end = dy.clone(memory_format=torch.contiguous_format), buffer.shape[1]
         for i in reversed(range(0, len(parameters), 2)):
