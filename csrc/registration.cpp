@@ -21,6 +21,15 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("residual_add_backward", TORCH_BOX(&fusedres::residual_add_backward));
   m.impl("residual_mix", TORCH_BOX(&fusedres::residual_mix));
   m.impl("residual_mix_backward", TORCH_BOX(&fusedres::residual_mix_backward));
+  m.impl("add_norm", TORCH_BOX(&fusedres::add_norm));
+  m.impl("add_norm_backward", TORCH_BOX(&fusedres::add_norm_backward));
+  m.impl("highway", TORCH_BOX(&fusedres::highway));
+  m.impl("highway_backward", TORCH_BOX(&fusedres::highway_backward));
+  m.impl("lstm_cell", TORCH_BOX(&fusedres::lstm_cell));
+  m.impl("lstm_cell_backward", TORCH_BOX(&fusedres::lstm_cell_backward));
+  m.impl("dense_load", TORCH_BOX(&fusedres::dense_load));
+  m.impl("dense_grad", TORCH_BOX(&fusedres::dense_grad));
+  m.impl("dense_finish", TORCH_BOX(&fusedres::dense_finish));
   m.impl("fingerprint", TORCH_BOX(&fusedres::fingerprint));
 }
 

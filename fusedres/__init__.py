@@ -2,36 +2,66 @@
 
 from . import functional, models
 from .blocks import (
+    AddLayerNorm,
+    AddRMSNorm,
     BasicBlock,
     BatchNormAct2d,
     Bottleneck,
     ConvBNAct2d,
+    DenseBlock,
+    DenseLayer,
+    DenselyConnectedMLP,
     DropPath,
     EffectiveSqueezeExcite,
+    Highway,
+    HighwayConv2d,
     PreActBasicBlock,
     PreActBottleneck,
+    ResidualLSTMCell,
+    ResidualMLP,
     SEBasicBlock,
     SEBottleneck,
     SqueezeExcite,
+    TransformerEncoderLayer,
+    Transition,
 )
 from .convert import fuse, unfuse
 from .dispatch import backend, backends
-from .report import Explanation, Verification, explain, verify
+from .report import (
+    Explanation,
+    Propagation,
+    Verification,
+    explain,
+    propagation,
+    verify,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BasicBlock",
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "DenseBlock",
+    "DenseLayer",
+    "DenselyConnectedMLP",
     "DropPath",
     "EffectiveSqueezeExcite",
     "Explanation",
+    "Highway",
+    "HighwayConv2d",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "Propagation",
+    "ResidualLSTMCell",
+    "ResidualMLP",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",
+    "TransformerEncoderLayer",
+    "Transition",
     "Verification",
     "backend",
     "backends",
@@ -39,6 +69,7 @@ __all__ = [
     "functional",
     "fuse",
     "models",
+    "propagation",
     "unfuse",
     "verify",
 ]

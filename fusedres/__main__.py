@@ -1,4 +1,4 @@
-"""``python -m fusedres doctor | verify | demo | bench``."""
+"""``python -m fusedres doctor | verify | propagation | demo | bench``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .report import doctor
 
         return doctor.main(args.json)
-    return _verify(args, parser)
+    if args.model not in MODELS:
+        parser.error(f"unknown model {args.model!r}; the models are: {', '.join(MODELS)}")
+    return (_verify if args.command == "verify" else _propagation)(args, parser)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,19 +59,31 @@ def _parser() -> argparse.ArgumentParser:
         help="compare a model with float64; exits with 1 when it is not exact enough",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _add_model_arguments(verify)
     add = verify.add_argument
-    add("model", help=f"one of {', '.join(MODELS)}")
     add("--train", action="store_true", help="a training step instead of inference")
-    add("--dtype", choices=DTYPES, default="float32", help="of the whole model and its input")
     add("--autocast", choices=("bfloat16", "float16"), help="run under torch.autocast")
     add("--backend", choices=("auto", *dispatch.BACKENDS), default="auto")
+    add("--all", action="store_true", help="print every row, not only the worst")
+    propagation = commands.add_parser(
+        "propagation",
+        help="norms of signal and gradient in each block; exits with 1 when a sum does not hold",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model_arguments(propagation)
+    propagation.add_argument("--plot", metavar="FILE", help="draw them into this file")
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help=f"one of {', '.join(MODELS)}")
+    add("--dtype", choices=DTYPES, default="float32", help="of the whole model and its input")
     add("--device", default="auto", help="as torch.device takes it; auto: cuda where there is one")
     add("--channels-last", action="store_true", help="memory format of model and input")
     add("--batch", type=_positive, default=2, help="number of images")
     add("--size", type=_positive, default=64, help="height and width of the images")
     add("--seed", type=int, default=0, help="of the random weights and images")
-    add("--all", action="store_true", help="print every row, not only the worst")
-    return parser
 
 
 def _positive(text: str) -> int:
@@ -82,8 +96,6 @@ def _positive(text: str) -> int:
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .report import verify
 
-    if args.model not in MODELS:
-        parser.error(f"unknown model {args.model!r}; the models are: {', '.join(MODELS)}")
     device = _device(args.device, parser)
     try:
         model, x = _model_and_images(args, device)
@@ -98,6 +110,20 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(f"{result.table()}\n{result.summary}" if args.all else result)
     print(f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}")
     return 0 if result.ok else 1
+
+
+def _propagation(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .report import propagation
+
+    try:
+        found = propagation(*_model_and_images(args, _device(args.device, parser)))
+        if args.plot:
+            found.plot(args.plot)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"cannot measure {args.model}: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(found)
+    return 0 if found.ok else 1
 
 
 def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:

@@ -70,6 +70,11 @@ def activation(name: str, act: str) -> None:
     one_of(name, act, reference.ACTIVATIONS)
 
 
+def probability(name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: wanted a probability from 0 to 1, got {p}")
+
+
 def bn_numbers(momentum: float | None, eps: float, training: bool = False) -> None:
     if momentum is not None and not momentum >= 0:
         raise ValueError(f"momentum: wanted None or a number >= 0, got {momentum}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .functional_gates import highway, lstm_cell
+from .functional_norm import add_layer_norm, add_rms_norm, dropout_add
 from .layout import dense, dense_like
 from .ops import bn_act, bn_se_act
 from .ops import conv_bn_act as conv_bn_act_op
@@ -22,10 +24,15 @@ from .ops import squeeze_excite as squeeze_excite_op
 from .running_stats import update_running_stats
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm_act",
     "batch_norm_se_act",
     "conv_bn_act",
     "residual_add",
+    "dropout_add",
+    "highway",
+    "lstm_cell",
     "residual_mix",
     "squeeze_excite",
 ]

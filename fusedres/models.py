@@ -1,4 +1,4 @@
-"""ResNet, Wide ResNet, ResNeXt and SE-ResNet with torchvision's keys and initialisation.
+"""ResNet, Wide ResNet, ResNeXt, SE-ResNet and DenseNet: torchvision's keys and initialisation.
 
 The networks of other forms have files of their own; every model is found here.
 """
@@ -14,6 +14,7 @@ from .blocks import BasicBlock, Bottleneck, DropPath, SEBasicBlock, SEBottleneck
 from .blocks.chain import chain
 from .blocks.drop_path import linear_decay
 from .blocks.resnet import conv1x1
+from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201
 from .preact import (
     PreActResNet,
     WideResNet,
@@ -27,31 +28,36 @@ from .preact import (
 )
 
 __all__ = [
+    "DenseNet",
     "PreActResNet",
     "ResNet",
     "WideResNet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "preact_resnet101",
+    "preact_resnet152",
     "preact_resnet18",
     "preact_resnet34",
     "preact_resnet50",
-    "preact_resnet101",
-    "preact_resnet152",
+    "resnet101",
+    "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "resnext50_32x4d",
+    "se_resnet101",
+    "se_resnet152",
     "se_resnet18",
     "se_resnet34",
     "se_resnet50",
-    "se_resnet101",
-    "se_resnet152",
+    "wide_resnet101_2",
     "wide_resnet28_10",
     "wide_resnet40_2",
     "wide_resnet50_2",
-    "wide_resnet101_2",
 ]
 
 

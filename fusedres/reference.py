@@ -141,6 +141,49 @@ def residual_add(x, map, shortcut, shortcut_map, scale, act) -> tuple[Tensor, Te
     return ACTIVATIONS[act](z), z
 
 
+def scaled(branch, keep, row_scale, scale) -> Tensor:
+    """``scale * s[m] * keep * branch``: dropout and drop path; ``branch [M, D]``."""
+    if keep is not None:
+        branch = branch * keep
+    if row_scale is not None:
+        branch = branch * row_scale.to(branch.dtype)[:, None]
+    return branch if scale == 1.0 else branch * scale
+
+
+def scaled_add(branch, shortcut, keep, row_scale, scale) -> Tensor:
+    """``shortcut + scale * s[m] * keep * branch``: a residual addition."""
+    return shortcut + scaled(branch, keep, row_scale, scale)
+
+
+def norm(x, weight, bias, eps, kind: str) -> Tensor:
+    """Layer norm (Ba et al. 2016, eq. 3) or RMS norm (Zhang and Sennrich 2019, eq. 4) of rows."""
+    z, weight, bias = _acc(x, x, weight, bias)
+    if kind == "layer":
+        return F.layer_norm(z, x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.rms_norm(z, x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def highway(parts, x, act, coupled) -> Tensor:
+    """``act(h) * t + x * c``  (Srivastava et al. 2015, eq. 3; coupled: c = 1 - t).
+
+    ``parts [M, 2D or 3D]`` holds h and the logits of t and c; ``x [M, D]``.
+    """
+    h, t, *c = parts.split(x.shape[1], 1)
+    t = torch.sigmoid(t)
+    return ACTIVATIONS[act](h) * t + x * (1 - t if coupled else torch.sigmoid(*c))
+
+
+def lstm_cell(gates, c, forget_gate) -> tuple[Tensor, Tensor]:
+    """``c' = f * c + i * g, h = o * tanh(c')``  (Gers et al. 2000; without f: Hochreiter 1997).
+
+    ``gates [N, 4H or 3H]`` holds the pre-activations of i, f, g, o, or of i, g, o; ``c [N, H]``.
+    """
+    i, *f, g, o = gates.split(c.shape[1], 1)
+    kept = torch.sigmoid(*f) * c if forget_gate else c
+    c = kept + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
 def conv_stats(x, bn, weight, bias, stride, padding, dilation, groups) -> tuple[Tensor, ...]:
     """``conv(act(bn(x)))`` and the mean and biased variance of its result.
 

@@ -30,6 +30,8 @@ Dtype checked_dtype(const char* op, const char* name, const Tensor& t) {
   return dtype;
 }
 
+}  // namespace
+
 bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4) return false;
   int64_t expected = 1;
@@ -39,8 +41,6 @@ bool is_channels_last(const Tensor& t) {
   }
   return true;
 }
-
-}  // namespace
 
 View view_of(const char* op, const Tensor& x) {
   check_cpu(op, "x", x);

@@ -28,6 +28,7 @@ struct View {
   int64_t mask_row_bytes() const { return (mask_cols() + 7) / 8; }
 };
 
+bool is_channels_last(const Tensor& t);
 View view_of(const char* op, const Tensor& x);
 // dy, residual, gate, ...: x's shape, dtype and memory order. Returns the data.
 const void* data_like(const View& v, const Tensor& x, const char* name, const Tensor& t);

@@ -79,6 +79,46 @@ struct MixParams {
   Act act;
 };
 
+enum class Norm : int { kNone, kRms, kLayer };
+
+// Arguments of add_norm: row-major matrices [rows, cols], statistics and scales acc_t.
+struct NormParams {
+  int64_t rows, cols, tile_rows, partial_ld;
+  Norm norm;
+  const void *branch, *shortcut;  // scalar_t
+  const void *x, *dy, *dsum;      // scalar_t; x is the sum that the forward wrote
+  const uint8_t* keep;            // 0 or 1 an element; or null
+  const void *row_scale, *weight, *bias;
+  void *y, *sum, *dshortcut, *dbranch;
+  void *mean, *rstd;                    // [rows]
+  void *partial_weight, *partial_bias;  // [tiles, partial_ld]
+  double scale, eps;
+};
+
+// Arguments of highway and lstm_cell: scalar_t rows of `cols`, a row of parts holds `count` of
+// them.
+struct GateParams {
+  int64_t rows, cols, count, ld;
+  int64_t block, blocks;  // columns of an item, items a row
+  const void *parts, *x, *dy, *dc;
+  void *y, *c, *dparts, *dx;
+  Act act;
+};
+
+// Arguments of the dense block's kernels. x is a slice of the buffer's channels, h is dense.
+//   NHWC: `runs` rows of `cols` channels, x rows x_ld apart, one coefficient a column
+//   NCHW: `runs` planes (image, channel) of `cols` pixels, one coefficient a plane
+struct DenseParams {
+  bool planar;
+  int64_t runs, cols, channels;  // channels of the slice
+  int64_t x_ld;                  // elements from one row, or image, of the buffer to the next
+  int64_t tile_runs, partial_ld;
+  const void *x, *dh, *dx_in;  // scalar_t; dx_in, dx have the layout of x
+  void *h, *dx;
+  const void *center, *scale, *bias, *q, *r;  // acc_t [channels]
+  void *partial_weight, *partial_bias;        // acc_t [tiles, partial_ld]
+};
+
 // out[n, o] = bias[o] + sum_k a * w over small dense matrices, all acc_t, row-major.
 struct MatmulParams {
   const void *a, *w, *bias;
@@ -88,6 +128,9 @@ struct MatmulParams {
 
 using StreamFn = void (*)(const StreamParams&, int64_t begin, int64_t end);
 using MixFn = void (*)(const MixParams&, int64_t begin, int64_t end);
+using NormFn = void (*)(const NormParams&, int64_t begin, int64_t end);
+using GateFn = void (*)(const GateParams&, int64_t begin, int64_t end);
+using DenseFn = void (*)(const DenseParams&, int64_t begin, int64_t end);
 using MatmulFn = void (*)(const MatmulParams&, int64_t begin, int64_t end);
 using ConvertFn = void (*)(const void* from, void* to, int64_t n);
 
@@ -99,6 +142,15 @@ struct KernelTable {
   StreamFn bwd_apply[kDtypes][kUModes];
   MixFn mix_fwd[kDtypes];
   MixFn mix_bwd[kDtypes];
+  NormFn norm_fwd[kDtypes];
+  NormFn norm_bwd[kDtypes];
+  GateFn highway_fwd[kDtypes];
+  GateFn highway_bwd[kDtypes];
+  GateFn lstm_fwd[kDtypes];
+  GateFn lstm_bwd[kDtypes];
+  DenseFn dense_load[kDtypes];
+  DenseFn dense_grad[kDtypes];
+  DenseFn dense_finish[kDtypes];
   MatmulFn matmul_nt[2];  // a [n, k], w [o, k]; range over o. [0] float, [1] double, also below
   MatmulFn matmul_nn[2];  // a [n, k], w [k, o]; range over blocks of 16 columns of o
   MatmulFn matmul_tn[2];  // a [n, o], w [n, k], out [o, k]; range over o

@@ -57,6 +57,24 @@ Tensors3 residual_mix_backward(Tensor dy, OptTensor branch, OptTensor shortcut, 
                                OptTensor row_scale, Tensor mask, double alpha, double beta,
                                std::string act);
 
+Tensors4 add_norm(Tensor branch, Tensor shortcut, OptTensor weight, OptTensor bias, OptTensor keep,
+                  OptTensor row_scale, double scale, double eps, std::string norm);
+Tensors4 add_norm_backward(Tensor sum, OptTensor dy, OptTensor dsum, OptTensor weight, Tensor mean,
+                           Tensor rstd, OptTensor keep, OptTensor row_scale, double scale,
+                           std::string norm);
+
+Tensor highway(Tensor parts, Tensor x, std::string act, bool coupled);
+Tensors2 highway_backward(Tensor dy, Tensor parts, Tensor x, std::string act, bool coupled);
+Tensors2 lstm_cell(Tensor gates, Tensor c, bool forget_gate);
+Tensors2 lstm_cell_backward(Tensor gates, Tensor c, OptTensor dh, OptTensor dc, bool forget_gate);
+
+Tensor dense_load(Tensor buffer, Tensor mean, Tensor var, OptTensor weight, OptTensor bias,
+                  int64_t channels, double eps);
+Tensors2 dense_grad(Tensor dbuffer, Tensor dh, Tensor buffer, Tensor mean, Tensor var,
+                    OptTensor weight, OptTensor bias, double eps);
+Tensor dense_finish(Tensor dbuffer, Tensor buffer, Tensor mean, Tensor q, Tensor r, int64_t start,
+                    int64_t channels);
+
 int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
                     Tensor mean, Tensor var);
 

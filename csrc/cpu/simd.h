@@ -154,4 +154,4 @@ FR_INLINE uint32_t mask_to_bits(Mask<S> m) {
 }  // namespace FUSEDRES_ISA
 }  // namespace fusedres
 
-#include "simd_memory.h"
+#include "simd_math.h"

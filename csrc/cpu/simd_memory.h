@@ -1,5 +1,5 @@
 // Loads and stores of sixteen elements between memory and Vec, converting float, double, bfloat16
-// and half, and the lane-by-lane functions. Included by simd.h.
+// and half. Included by simd_math.h.
 //
 // A partial load or store touches exactly n elements: a tensor may end at the end of a page.
 #pragma once
@@ -254,39 +254,23 @@ FR_INLINE void store_bits(uint8_t* p, uint32_t bits, int n) {
   if (!kPartial || n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
 }
 
-template <typename S>
-__attribute__((noinline)) Vec<S> exp_of(Vec<S> a) {
-  S lanes[kLanes];
-  store(lanes, a);
-  for (int k = 0; k < kLanes; ++k) lanes[k] = fusedres::exp_of(lanes[k]);
-  return load(lanes);
-}
-template <typename S>
-__attribute__((noinline)) Vec<S> erf_of(Vec<S> a) {
-  S lanes[kLanes];
-  store(lanes, a);
-  for (int k = 0; k < kLanes; ++k) lanes[k] = fusedres::erf_of(lanes[k]);
-  return load(lanes);
-}
-
-// Activations chosen at run time. One copy for all kernels: inlined, they were most of the code.
-template <typename S>
-__attribute__((noinline)) Vec<S> any_act_forward(Act act, Vec<S> z) {
-  return act_forward(act, z);
-}
-template <typename S>
-__attribute__((noinline)) Vec<S> any_act_backward(Act act, Vec<S> z, Vec<S> dy) {
-  return act_backward(act, z, dy);
-}
-
-// Lanes added in lane order in double.
-template <typename S>
-FR_INLINE double sum_lanes(Vec<S> a) {
-  S lanes[kLanes];
-  store(lanes, a);
-  double total = 0;
-  for (int k = 0; k < kLanes; ++k) total += static_cast<double>(lanes[k]);
-  return total;
+// Sixteen bytes as numbers.
+template <typename S, bool kPartial>
+FR_INLINE Vec<S> load_bytes(const uint8_t* p, int n) {
+  constexpr int part = Vec<S>::kPartLanes;
+  typedef uint8_t Bytes __attribute__((vector_size(part)));
+  uint8_t bytes[kLanes] = {};
+  if (kPartial) {
+    copy_elements(bytes, p, n);
+    p = bytes;
+  }
+  Vec<S> r;
+  for (int i = 0; i < Vec<S>::kParts; ++i) {
+    Bytes b;
+    __builtin_memcpy(&b, p + i * part, part);
+    r.v[i] = __builtin_convertvector(b, typename Vec<S>::V);
+  }
+  return r;
 }
 
 }  // namespace FUSEDRES_ISA

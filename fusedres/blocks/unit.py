@@ -80,6 +80,11 @@ def autocasts(*tensors: Tensor) -> bool:
     return dispatch.autocasts(tensors[0]) and all(t.dtype != torch.float64 for t in tensors)
 
 
+def in_autocast(t: Tensor | None) -> Tensor | None:
+    """``t`` in the dtype that autocast computes products in."""
+    return None if t is None else t.to(torch.get_autocast_dtype(t.device.type))
+
+
 def operands(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input, weight and bias in the dtype that autocast would convolve in."""
     if not autocasts(x, conv.weight):

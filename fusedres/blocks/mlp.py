@@ -1,0 +1,120 @@
+"""Skip-connected perceptrons: residual, and with every layer connected to all before it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import checks
+from .. import functional as F
+from ..ops.dense_mlp import dense_mlp
+from .unit import autocasts, in_autocast
+
+
+class ResidualMLP(nn.Module):
+    """``x_{l+1} = act(W_l x_l + b_l + x_l)`` in each of ``depth`` layers (He et al. 2016, eq. 1).
+
+    Cross-coupled, a layer adds the input of the layer before it as well,
+    ``act(W_l x_l + b_l + x_l + x_{l-1})`` with ``x_{-1} = 0``.
+
+    State dict: ``layers.0.weight``, ``layers.0.bias``, ... of nn.Linear.
+
+    Args:
+        features: width of the input, of each layer and of the result.
+        depth: number of layers.
+        act: activation of each sum.
+        cross_coupled: whether a layer has two shortcuts.
+        bias: of the layers.
+
+    Raises:
+        ValueError: features or depth < 1; an unknown act.
+    """
+
+    def __init__(
+        self, features: int, depth: int, *, act: str = "relu", cross_coupled: bool = False,
+        bias: bool = True, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        _check(act, features=features, depth=depth)
+        self.act, self.cross_coupled = act, cross_coupled
+        self.layers = nn.ModuleList(
+            nn.Linear(features, features, bias, device=device, dtype=dtype) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., features] -> the same shape."""
+        _check_input(x, self.layers[0].in_features)
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        before = None
+        for layer in self.layers:
+            branch = layer(x)
+            x = x.to(branch.dtype)
+            shortcut = x if before is None else x + before.to(branch.dtype)
+            before = x if self.cross_coupled else None
+            x = F.residual_mix(branch, shortcut, act=self.act)
+        return x.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}, cross_coupled={self.cross_coupled}"
+
+
+class DenselyConnectedMLP(nn.Module):
+    """``h_l = act(W_l [x, h_1, ..., h_{l-1}] + b_l)``, ``y = W [x, h_1, ..., h_depth] + b``.
+
+    Every layer has skip connections to all layers behind it (Lang and Witbrock 1988). The features
+    are written in place into one buffer, so that nothing is concatenated and the memory kept for
+    the backward is linear in the depth.
+
+    State dict: ``layers.0.weight``, ..., ``output.weight``, ``output.bias`` of nn.Linear.
+
+    Args:
+        in_features, hidden_features, out_features: widths of the input, each layer, the result.
+        depth: number of hidden layers.
+        act: activation of the hidden layers.
+        bias: of all layers.
+
+    Raises:
+        ValueError: a width or depth < 1; an unknown act.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_features: int, out_features: int, depth: int, *,
+        act: str = "relu", bias: bool = True, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        _check(
+            act, in_features=in_features, hidden_features=hidden_features,
+            out_features=out_features, depth=depth,
+        )  # fmt: skip
+        self.act = act
+        to = dict(device=device, dtype=dtype)
+        widths = [in_features + i * hidden_features for i in range(depth + 1)]
+        self.layers = nn.ModuleList(nn.Linear(w, hidden_features, bias, **to) for w in widths[:-1])
+        self.output = nn.Linear(widths[-1], out_features, bias, **to)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        _check_input(x, self.layers[0].in_features)
+        rows = x.reshape(-1, x.shape[-1])
+        operands = [rows]
+        for layer in self.layers:
+            operands += [layer.weight, layer.bias]
+        if autocasts(rows, self.layers[0].weight):
+            operands = [in_autocast(t) for t in operands]
+        y = self.output(dense_mlp(*operands, act=self.act))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"
+
+
+def _check(act: str, **sizes: int) -> None:
+    checks.activation("act", act)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: wanted a number >= 1, got {size}")
+
+
+def _check_input(x: Tensor, features: int) -> None:
+    checks.floating("x", x)
+    if x.dim() < 1 or x.shape[-1] != features:
+        raise ValueError(f"x: wanted shape [..., {features}], got {tuple(x.shape)}")

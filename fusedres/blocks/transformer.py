@@ -1,0 +1,191 @@
+"""Transformer residuals: the addition, dropout, drop path and the norm behind it in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .. import checks, dispatch
+from .. import functional as F
+from .recognise import hooked
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """``s = residual + drop_path(dropout(x)); (layer_norm(s), s)``: an nn.LayerNorm, same keys.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias: as for nn.LayerNorm.
+        dropout, drop_path: probabilities of dropping an element, and a sample, in training.
+        batch_dim: the dimension that counts samples (drop path only).
+
+    Raises:
+        ValueError: a probability outside 0 to 1.
+    """
+
+    def __init__(
+        self, normalized_shape, eps: float = 1e-5, elementwise_affine: bool = True,
+        bias: bool = True, *, dropout: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        _check_drops(dropout, drop_path)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.dropout, self.drop_path, self.batch_dim = dropout, drop_path, batch_dim
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``residual``: [..., *normalized_shape]; returns the norm and the sum."""
+        return F.add_layer_norm(
+            x, residual, self.normalized_shape, self.weight, self.bias, self.eps, **_drops(self)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_drops_repr(self)}"
+
+
+class AddRMSNorm(nn.RMSNorm):
+    """``s = residual + drop_path(dropout(x)); (rms_norm(s), s)``: an nn.RMSNorm, same keys.
+
+    Args:
+        normalized_shape, eps, elementwise_affine: as for nn.RMSNorm.
+        dropout, drop_path, batch_dim: as for AddLayerNorm.
+
+    Raises:
+        ValueError: a probability outside 0 to 1.
+    """
+
+    def __init__(
+        self, normalized_shape, eps: float | None = None, elementwise_affine: bool = True, *,
+        dropout: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0, device=None, dtype=None,
+    ):  # fmt: skip
+        _check_drops(dropout, drop_path)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.dropout, self.drop_path, self.batch_dim = dropout, drop_path, batch_dim
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``residual``: [..., *normalized_shape]; returns the norm and the sum."""
+        return F.add_rms_norm(
+            x, residual, self.normalized_shape, self.weight, self.eps, **_drops(self)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_drops_repr(self)}"
+
+
+def _check_drops(dropout: float, drop_path: float) -> None:
+    checks.probability("dropout", dropout)
+    checks.probability("drop_path", drop_path)
+
+
+def _drops(module) -> dict:
+    drops = dict(dropout=module.dropout, drop_path=module.drop_path)
+    return drops | dict(training=module.training, batch_dim=module.batch_dim)
+
+
+def _drops_repr(module) -> str:
+    return f"dropout={module.dropout}, drop_path={module.drop_path}"
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """nn.TransformerEncoderLayer with each residual addition, its dropout and its norm one pass.
+
+    The same arguments, state dict, results and random numbers, pre-norm (``norm_first=True``) and
+    post-norm. It runs as PyTorch's own in inference where that has its fused forward, on nested
+    tensors, and where a norm or a dropout has been exchanged or has hooks.
+
+    Args:
+        drop_path: probability of dropping the branch of a sample in training (stochastic depth).
+        Others: as for nn.TransformerEncoderLayer.
+
+    Raises:
+        ValueError: a probability outside 0 to 1.
+    """
+
+    def __init__(self, *args, drop_path: float = 0.0, **kwargs):
+        checks.probability("drop_path", drop_path)
+        super().__init__(*args, **kwargs)
+        self.drop_path = drop_path
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """``src``: [N, L, d_model] with ``batch_first``, else [L, N, d_model], or [L, d_model]."""
+        if self.training and self.drop_path and not isinstance(src, torch.fx.Proxy):
+            if src.dim() != 3:
+                raise ValueError(f"src: wanted 3 dimensions with drop_path, got {src.dim()}")
+        reason = self._unfused(src)
+        if reason is not None:
+            dispatch.notify(dispatch.Event("add_norm", "unfused", reason))
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        padding = nn.functional._canonical_mask(
+            src_key_padding_mask, "src_key_padding_mask", nn.functional._none_or_dtype(src_mask),
+            "src_mask", src.dtype,
+        )  # fmt: skip
+        mask = nn.functional._canonical_mask(
+            src_mask, "src_mask", None, "", src.dtype, check_other=False
+        )
+        if self.norm_first:
+            branch = self._attend(self.norm1(src), mask, padding, is_causal)
+            y, x = self._add_norm(branch, src, self.dropout1, self.norm2)
+            return F.dropout_add(self._feed_forward(y), x, **self._drops(self.dropout2, x))
+        branch = self._attend(src, mask, padding, is_causal)
+        x = self._add_norm(branch, src, self.dropout1, self.norm1)[0]
+        return self._add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
+
+    def _unfused(self, src: Tensor) -> str | None:
+        if isinstance(src, torch.fx.Proxy):
+            return "FX tracing"
+        if src.is_nested:
+            return "the input is a nested tensor"
+        if not self.training and not torch.is_grad_enabled() and self.self_attn.batch_first:
+            if torch.backends.mha.get_fastpath_enabled():
+                return "PyTorch's own inference path"
+        for module, kind in (
+            (self.norm1, nn.LayerNorm), (self.norm2, nn.LayerNorm),
+            (self.dropout1, nn.Dropout), (self.dropout2, nn.Dropout),
+        ):  # fmt: skip
+            if type(module) is not kind:
+                return f"{type(module).__name__} is not a plain {kind.__name__}"
+            if (reason := hooked(module)) is not None:
+                return reason
+        return None
+
+    def _attend(self, x: Tensor, mask, padding, is_causal: bool) -> Tensor:
+        return self.self_attn(
+            x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False,
+            is_causal=is_causal,
+        )[0]  # fmt: skip
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    def _add_norm(self, branch, x, dropout: nn.Dropout, norm: nn.LayerNorm):
+        return F.add_layer_norm(
+            branch, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            **self._drops(dropout, x),
+        )  # fmt: skip
+
+    def _drops(self, dropout: nn.Dropout, x: Tensor) -> dict:
+        batch_dim = 0 if self.self_attn.batch_first else 1
+        return dict(
+            dropout=dropout.p, drop_path=self.drop_path, training=dropout.training,
+            batch_dim=batch_dim,
+        )  # fmt: skip
+
+    # The plain forward, PyTorch's own, adds what these return.
+
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False) -> Tensor:
+        return self._drop(super()._sa_block(x, attn_mask, key_padding_mask, is_causal))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self._drop(super()._ff_block(x))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        zero = torch.zeros((), dtype=branch.dtype, device=branch.device).expand(branch.shape)
+        drops = self._drops(self.dropout1, branch) | dict(dropout=0.0)
+        return F.dropout_add(branch, zero, **drops)

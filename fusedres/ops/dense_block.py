@@ -1,0 +1,342 @@
+"""A dense block (Huang et al. 2017) as one autograd node on one buffer of channels.
+
+Every layer reads all channels written before it and writes its own behind them, so nothing is ever
+concatenated. A channel's mean and variance are computed when it is written; each layer has an
+affine map of its own on them. What is kept for the backward is the buffer, which is the block's
+result, and one bottleneck a layer: memory is linear in the depth, where eager's is quadratic.
+
+The layers' gradients are added into one buffer too. Batch norm's derivative of a channel is
+``sum_l a_l * u_l + (x - mean) * sum_l q_l + sum_l r_l`` over the layers l that read it: the first
+sum is taken in place as the layers come by, one pass each; the other two are numbers a channel, and
+are applied once, when the layer that wrote the channel takes its gradient (``dense_finish``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..layout import dense, memory_format
+from . import bn_act, conv_bn_act, conv_stats
+from .convolution import Geometry, convolution, convolution_backward
+from .define import Traffic, by_reference, define, numel_bytes, vjp
+
+LOAD_SCHEMA = (
+    "dense_load(Tensor buffer, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " int channels, float eps) -> Tensor"
+)
+GRAD_SCHEMA = (
+    "dense_grad(Tensor(a!) dbuffer, Tensor dh, Tensor buffer, Tensor mean, Tensor var,"
+    " Tensor? weight, Tensor? bias, float eps) -> (Tensor dweight, Tensor dbias)"
+)
+FINISH_SCHEMA = (
+    "dense_finish(Tensor dbuffer, Tensor buffer, Tensor mean, Tensor q, Tensor r, int start,"
+    " int channels) -> Tensor"
+)
+
+
+def _load(buffer, mean, var, weight, bias, channels, eps):
+    x = buffer[:, :channels]
+    h, _ = reference.bn_act(x, weight, bias, None, mean, var, False, eps, "relu")
+    return dense(h, like=buffer)
+
+
+def _grad(dbuffer, dh, buffer, mean, var, weight, bias, eps):
+    channels = dh.shape[1]
+    acc = reference.acc_dtype(buffer.dtype)
+    mean, var, weight, bias = (None if t is None else t.to(acc) for t in (mean, var, weight, bias))
+    centered = buffer[:, :channels].to(acc) - _column(mean)
+    rstd = (var + eps).rsqrt()
+    scale = rstd if weight is None else weight * rstd
+    z = centered * _column(scale)
+    z = z if bias is None else z + _column(bias)
+    u = torch.where(z <= 0, 0.0, dh.to(acc))
+    dbuffer[:, :channels] += (u * _column(scale)).to(buffer.dtype)
+    return (u * centered).sum((0, 2, 3)) * rstd, u.sum((0, 2, 3))
+
+
+def _finish(dbuffer, buffer, mean, q, r, start, channels):
+    acc = reference.acc_dtype(buffer.dtype)
+    x, dx = (t[:, start : start + channels].to(acc) for t in (buffer, dbuffer))
+    mean, q, r = (_column(t.to(acc)) for t in (mean, q, r))
+    return dense((dx + (q * (x - mean) + r)).to(buffer.dtype), like=buffer)
+
+
+def _column(t: Tensor) -> Tensor:
+    return t.view(1, -1, 1, 1)
+
+
+def _fake_load(buffer, mean, var, weight, bias, channels, eps):
+    return torch.empty_like(buffer[:, :channels])
+
+
+def _fake_grad(dbuffer, dh, buffer, mean, var, weight, bias, eps):
+    shape, acc = (dh.shape[1],), reference.acc_dtype(buffer.dtype)
+    return buffer.new_empty(shape, dtype=acc), buffer.new_empty(shape, dtype=acc)
+
+
+def _fake_finish(dbuffer, buffer, mean, q, r, start, channels):
+    return torch.empty_like(buffer[:, start : start + channels])
+
+
+# --- memory traffic, in bytes
+
+
+def _slice_bytes(buffer: Tensor, channels: int) -> int:
+    return numel_bytes(buffer) // max(1, buffer.shape[1]) * channels
+
+
+def load_bytes(buffer, mean, var, weight, bias, channels, eps) -> int:
+    """Reads the slice, writes its activation."""
+    return 2 * _slice_bytes(buffer, channels)
+
+
+def load_eager_bytes(buffer, mean, var, weight, bias, channels, eps) -> int:
+    """Eager: concatenation RW, statistics R, norm RW, ReLU RW."""
+    return 7 * _slice_bytes(buffer, channels)
+
+
+def grad_bytes(dbuffer, dh, *_) -> int:
+    """Reads dh, the slice and its gradient, writes that."""
+    return 4 * numel_bytes(dh)
+
+
+def grad_eager_bytes(dbuffer, dh, *_) -> int:
+    """Eager: ReLU RRW, norm RR + RRW, accumulation of the slices RRW."""
+    return 11 * numel_bytes(dh)
+
+
+def finish_bytes(dbuffer, buffer, mean, q, r, start, channels) -> int:
+    return 3 * _slice_bytes(buffer, channels)
+
+
+load_op = define(
+    LOAD_SCHEMA,
+    reference=_load,
+    fake=_fake_load,
+    traffic=Traffic(load_bytes, load_eager_bytes, flops=lambda b, *_: 4 * b.numel()),
+)
+grad_op = define(
+    GRAD_SCHEMA,
+    reference=_grad,
+    fake=_fake_grad,
+    traffic=Traffic(grad_bytes, grad_eager_bytes, flops=lambda _, dh, *__: 8 * dh.numel()),
+)
+finish_op = define(
+    FINISH_SCHEMA,
+    reference=_finish,
+    fake=_fake_finish,
+    traffic=Traffic(finish_bytes, finish_bytes, flops=lambda b, *_: 4 * b.numel()),
+)
+
+
+# --- the block
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer is besides its tensors: norm-ReLU-conv twice."""
+
+    batch_stats: tuple[bool, bool]
+    eps: tuple[float, float]
+    geometry: tuple[Geometry, Geometry]
+
+
+# A layer's tensors: (weight, bias) of norm 1, convolution 1, (weight, bias) of norm 2, convolution
+# 2, and the running (mean, var) of both norms.
+TENSORS = 10
+PARAMETERS = 6
+
+
+def dense_block(layers: Sequence[Layer], x: Tensor, tensors: Sequence[Tensor | None]):
+    """The concatenation of ``x`` and every layer's result.
+
+    Args:
+        tensors: ``TENSORS`` for each layer, one layer after the other.
+
+    Returns:
+        The result [N, C + sum of the layers', H, W], and for each layer the mean and variance of
+        the batch that its two norms saw: (mean1, var1, mean2, var2), where they took them.
+    """
+    inputs = x, *tensors
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if graded:
+        y, mean, var, *second = _DenseBlock.apply(tuple(layers), x, *tensors)
+    else:
+        y, (mean, var), second, _ = _forward(layers, x, tensors, keep=False)
+    stats, channels = [], x.shape[1]
+    for i in range(len(layers)):
+        stats.append((mean[:channels], var[:channels], *second[2 * i : 2 * i + 2]))
+        channels += _Tensors(tensors, i).growth
+    return y, stats
+
+
+class _Tensors:
+    """The tensors of layer ``i`` by name."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], i: int):
+        t = tensors[i * TENSORS : (i + 1) * TENSORS]
+        self.norm1, self.conv1, self.norm2, self.conv2 = t[:2], t[2], t[3:5], t[5]
+        self.running1, self.running2 = t[6:8], t[8:10]
+        self.growth = self.conv2.shape[0]
+
+
+def _forward(layers, x, tensors, keep: bool):
+    """The result, its channels' statistics, those of the bottlenecks, and these, where kept."""
+    x = dense(x)
+    n, channels, h, w = x.shape
+    total = channels + sum(_Tensors(tensors, i).growth for i in range(len(layers)))
+    buffer = torch.empty(
+        (n, total, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
+    buffer[:, :channels] = x
+    acc, tracked = reference.acc_dtype(x.dtype), any(layer.batch_stats[0] for layer in layers)
+    mean, var = (x.new_empty(total if tracked else 0, dtype=acc) for _ in "mv")
+    if tracked:
+        mean[:channels], var[:channels] = bn_act.stats_op(x)
+    second, raws = [], []
+    for i, layer in enumerate(layers):
+        t = _Tensors(tensors, i)
+        first = (mean[:channels], var[:channels]) if layer.batch_stats[0] else t.running1
+        inner = load_op(buffer, *first, *t.norm1, channels, layer.eps[0])
+        raw, stats, new = _second_half(layer, inner, t, keep)
+        del inner
+        end = channels + t.growth
+        buffer[:, channels:end] = new
+        if tracked:
+            mean[channels:end], var[channels:end] = bn_act.stats_op(new)
+        channels = end
+        second += stats
+        raws.append(raw)
+    return buffer, (mean, var), second, raws
+
+
+def _second_half(layer: Layer, inner: Tensor, t: _Tensors, keep: bool):
+    """``conv2(relu(norm2(conv1(inner))))``: the bottleneck, its statistics, and the result."""
+    if not keep and not layer.batch_stats[1]:
+        h = conv_bn_act.op(
+            inner, t.conv1, None, None, *t.norm2, *t.running2, layer.eps[1], *layer.geometry[0],
+            "relu",
+        )  # fmt: skip
+        return None, t.running2, dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
+    raw = dense(convolution(inner, t.conv1, None, layer.geometry[0]), inner)
+    stats = bn_act.stats_op(raw) if layer.batch_stats[1] else t.running2
+    h = bn_act.op(raw, *t.norm2, None, *stats, layer.batch_stats[1], layer.eps[1], "relu", False)[0]
+    return raw, stats, dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
+
+
+class _DenseBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layers, x, *tensors):
+        buffer, statistics, second, raws = _forward(layers, x, tensors, keep=True)
+        # The caller may update running statistics in place before the backward: keep the values.
+        tensors = [
+            t.clone() if i % TENSORS >= PARAMETERS and t is not None else t
+            for i, t in enumerate(tensors)
+        ]
+        second = [
+            s if layers[i // 2].batch_stats[1] else tensors[i // 2 * TENSORS + 8 + i % 2]
+            for i, s in enumerate(second)
+        ]
+        ctx.layers, ctx.channels = layers, x.shape[1]
+        ctx.save_for_backward(buffer, *tensors, *statistics, *second, *raws)
+        ctx.mark_non_differentiable(*statistics, *second)
+        ctx.set_materialize_grads(False)
+        return buffer, *statistics, *second
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        count = len(ctx.layers)
+        if dy is None:
+            return (None,) * (2 + TENSORS * count)
+        buffer, *saved = ctx.saved_tensors
+        tensors, rest = saved[: TENSORS * count], saved[TENSORS * count :]
+        needed = ctx.needs_input_grad[1:]
+        if by_reference("dense_block", buffer):
+            grads = _differentiable_backward(ctx, buffer, tensors, dy, needed)
+        else:
+            grads = _backward(ctx, buffer, tensors, rest[:2], rest[2:], dy)
+        return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+
+
+def _backward(ctx, buffer, tensors, statistics, rest, dy):
+    """Gradients of (x, *tensors), layer by layer from the last."""
+    mean, var = statistics
+    count, total = len(ctx.layers), buffer.shape[1]
+    second, raws = rest[: 2 * count], rest[2 * count :]
+    dbuffer = dense(dy, like=buffer)
+    dbuffer = dbuffer.clone() if dbuffer is dy else dbuffer
+    q, r = torch.zeros_like(mean), torch.zeros_like(mean)
+    if not mean.numel():  # no layer has batch statistics: nothing is deferred
+        mean, q, r = (buffer.new_zeros(total, dtype=mean.dtype) for _ in "mqr")
+    grads: list[Tensor | None] = [None] * (1 + TENSORS * count)
+    end = total
+    for i in reversed(range(count)):
+        layer, t = ctx.layers[i], _Tensors(tensors, i)
+        start = end - t.growth
+        written = slice(start, end)
+        dnew = finish_op(dbuffer, buffer, mean[written], q[written], r[written], start, t.growth)
+        first = (mean[:start], var[:start]) if layer.batch_stats[0] else t.running1
+        stats = second[2 * i], second[2 * i + 1]
+        inner, *found = _layer_backward(layer, t, buffer, first, stats, raws[i], dnew, start)
+        dweight, dbias = grad_op(dbuffer, inner, buffer, *first, *t.norm1, layer.eps[0])
+        if layer.batch_stats[0]:
+            _defer(q, r, dweight, dbias, t.norm1[0], first[1], layer.eps[0], buffer)
+        found = _like(dweight, t.norm1[0]), _like(dbias, t.norm1[1]), *found
+        grads[1 + i * TENSORS : 1 + i * TENSORS + PARAMETERS] = found
+        end = start
+    grads[0] = finish_op(dbuffer, buffer, mean[:end], q[:end], r[:end], 0, end)
+    return grads
+
+
+def _layer_backward(layer, t, buffer, first, stats, raw, dnew, channels):
+    """Gradients of the first activation, convolution 1, norm 2 and convolution 2."""
+    bn = *stats, layer.batch_stats[1], layer.eps[1], "relu"
+    inputs = raw, *t.norm2, t.conv2, None
+    needed = True, *(p is not None for p in t.norm2), True, False
+    draw, dweight2, dbias2, dconv2, _ = conv_stats.backward(
+        dnew, inputs, bn, layer.geometry[1], needed
+    )
+    h = load_op(buffer, *first, *t.norm1, channels, layer.eps[0])
+    dinner, dconv1, _ = convolution_backward(
+        draw, h, t.conv1, False, layer.geometry[0], [True, True, False]
+    )
+    return dense(dinner, like=buffer), dconv1, dweight2, dbias2, dconv2
+
+
+def _like(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else grad.to(parameter.dtype)
+
+
+def _defer(q, r, dweight, dbias, weight, var, eps, buffer) -> None:
+    """Adds batch norm's ``q`` and ``r`` (csrc/bn_math.h) of one layer to those of its channels."""
+    count = buffer.numel() // buffer.shape[1]
+    rstd = (var.double() + eps).rsqrt()
+    a = rstd if weight is None else rstd * weight
+    channels = len(var)
+    q[:channels] -= (a * rstd * dweight / count).to(q.dtype)
+    r[:channels] -= (a * dbias / count).to(r.dtype)
+
+
+def _differentiable_backward(ctx, buffer, tensors, dy, needed):
+    """The same gradients as a graph: the reference of the block is differentiated.
+
+    The buffer is an output of this node, and its first channels are x.
+    """
+
+    def fn(x, *tensors):
+        for i, layer in enumerate(ctx.layers):
+            t, new = _Tensors(tensors, i), x
+            halves = (t.norm1, t.running1, t.conv1), (t.norm2, t.running2, t.conv2)
+            for k, (norm, running, conv) in enumerate(halves):
+                bn = *norm, *running, layer.batch_stats[k], layer.eps[k], "relu"
+                new = reference.conv_stats(new, bn, conv, None, *layer.geometry[k])[0]
+            x = torch.cat([x, new], 1)
+        return x
+
+    inputs = buffer[:, : ctx.channels], *tensors
+    return vjp(fn, inputs, needed, dy)

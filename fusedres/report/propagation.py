@@ -1,0 +1,338 @@
+"""``propagation``: how a signal and its gradient go through a network, block by block.
+
+He et al. 2016b, equations 3 to 5: where every shortcut is the identity and nothing follows the
+addition, the signal is a sum, ``x_L = x_l + sum F(x_i)``, and so is the gradient,
+``dx_l = dx_L + sum dF(x_i)/dx_i * dx_{i+1}``: it cannot vanish. Both are checked here, with every
+term taken from the running network on its own: F(x) is what the branch's last module returned, the
+gradient through the branch is what arrived at its first module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .table import render
+
+_BLOCK = re.compile(r"Block|Bottleneck|Highway|EncoderLayer|ResidualUnit")
+_SHORTCUTS = ("downsample", "shortcut", "proj", "skip", "identity")
+_ROUNDINGS = 8.0  # of the largest norm that a sum is made of, for each term
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block. Norms are L2; a figure that the block does not have is None.
+
+    ``kind``: "identity" (y = x + F), "projection" (y = s(x) + F), "post-activation"
+    (y = act(s(x) + F)), or "other": F is then the difference of output and shortcut.
+    """
+
+    name: str
+    kind: str
+    x: float
+    f: float
+    dx: float
+    df: float | None
+    forward_error: float | None
+    backward_error: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks in a row that are identity mappings, and how exactly the two sums hold over them.
+
+    Errors are relative L2 norms, ``tolerance`` is what roundings may make of them.
+    """
+
+    blocks: tuple[str, ...]
+    forward_error: float
+    backward_error: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return max(self.forward_error, self.backward_error or 0.0) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What ``propagation`` measured. ``str()`` is a table."""
+
+    blocks: tuple[Block, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(run.ok for run in self.runs)
+
+    def __str__(self) -> str:
+        columns = "block", "kind", "|x|", "|F(x)|", "|dx|", "|dF|"
+        rows = [(b.name, b.kind, *map(_number, (b.x, b.f, b.dx, b.df))) for b in self.blocks]
+        lines = [render(columns, rows, numeric=columns[2:])]
+        for run in self.runs:
+            sums = f"x_L = x_l + sum F holds to {run.forward_error:.1e}"
+            if run.backward_error is not None:
+                sums += f", dx_l = dx_L + sum dF to {run.backward_error:.1e}"
+            verdict = "ok" if run.ok else "FAIL"
+            where = f"{run.blocks[0]} to {run.blocks[-1]} ({len(run.blocks)} blocks)"
+            lines.append(f"{where}: {sums} (allowed {run.tolerance:.1e}): {verdict}")
+        if not self.runs:
+            lines.append("no identity mappings: the sums do not hold in this architecture")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the norms over the blocks into a file; the suffix is the format.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        signal, gradient = figure.subplots(2, 1, sharex=True)
+        index = range(len(self.blocks))
+        for axes, lines in (
+            (signal, {"|x|": "x", "|F(x)|": "f"}), (gradient, {"|dx|": "dx", "|dF|": "df"}),
+        ):  # fmt: skip
+            for label, name in lines.items():
+                values = [getattr(b, name) for b in self.blocks]
+                values = [float("nan") if v is None else v for v in values]
+                axes.plot(index, values, marker="o", markersize=3, label=label)
+            axes.set_yscale("log")
+            axes.set_ylabel("L2 norm")
+            axes.legend()
+        gradient.set_xlabel("block")
+        gradient.set_xticks(list(index), [b.name for b in self.blocks], rotation=90, fontsize=6)
+        figure.savefig(path)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def propagation(
+    model: nn.Module,
+    *inputs,
+    loss: Callable[..., Tensor] | None = None,
+    blocks: Callable[[str, nn.Module], bool] | None = None,
+) -> Propagation:
+    """Run ``model(*inputs)`` and its backward once and measure every residual block.
+
+    The network runs on a copy, module by module, in its own mode (train or eval); the model, its
+    gradients and the state of the random number generator are left as they were.
+
+    Args:
+        model: any module.
+        inputs: its positional arguments.
+        loss: of the model's result; default: its sum with fixed random weights.
+        blocks: which modules are blocks, by name and module; default: the innermost ones whose
+            class is called a block, bottleneck, highway or encoder layer.
+
+    Returns:
+        Propagation: blocks in the order they ran.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: no block has run; the result has no tensor to start a gradient from.
+        Whatever the model raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    model = copy.deepcopy(model).requires_grad_()
+    wanted = dict(_blocks_of(model, blocks or _is_block))
+    probes = {name: _Probe(block) for name, block in wanted.items()}
+    order: list[str] = []
+    with torch.random.fork_rng(), torch.enable_grad(), contextlib.ExitStack() as stack:
+        for name, probe in probes.items():
+            stack.enter_context(probe.watching(name, order))
+        result = model(*inputs)
+        if not order:
+            raise ValueError(f"model: wanted residual blocks, found none in {type(model).__name__}")
+        _scalar(result, loss).backward()
+    measured = [probes[name] for name in order]
+    found = tuple(p.block(name) for name, p in zip(order, measured, strict=True))
+    return Propagation(found, tuple(_runs(found, measured)))
+
+
+def _is_block(name: str, module: nn.Module) -> bool:
+    sequence = nn.Sequential | nn.ModuleList | nn.ModuleDict
+    return bool(_BLOCK.search(type(module).__name__)) and not isinstance(module, sequence)
+
+
+def _blocks_of(model: nn.Module, is_block) -> Iterator[tuple[str, nn.Module]]:
+    """The matching modules that hold no other one."""
+    found = [(name, m) for name, m in model.named_modules() if is_block(name, m)]
+    for name, module in found:
+        inside = {id(m) for m in module.modules()} - {id(module)}
+        if not any(id(other) in inside for _, other in found):
+            yield name, module
+
+
+def _scalar(result, loss) -> Tensor:
+    if loss is not None:
+        return loss(result)
+    outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    if not outputs:
+        raise ValueError("model: wanted a result that requires grad, got none")
+    random = torch.Generator().manual_seed(0)
+    return sum(
+        (t * torch.randn(t.shape, generator=random).to(t)).sum() / t.numel() ** 0.5 for t in outputs
+    )
+
+
+@dataclass
+class _Probe:
+    """Watches one block: what goes in and out, what its branch returns, and all gradients."""
+
+    module: nn.Module
+    x: Tensor | None = None
+    y: Tensor | None = None
+    shortcut: Tensor | None = None
+    entry: Tensor | None = None  # x as the branch's first module got it
+    f: Tensor | None = None  # the branch's result, where a module returned it
+    results: list[Tensor] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self, name: str, order: list[str]) -> Iterator[None]:
+        inner = [
+            (path, m) for path, m in self.module.named_modules()
+            if path and next(m.children(), None) is None
+        ]  # fmt: skip
+        shortcuts = [m for n, m in self.module.named_children() if n in _SHORTCUTS]
+        handles = [
+            self.module.register_forward_pre_hook(lambda m, args: self._enter(args, name, order)),
+            self.module.register_forward_hook(lambda m, args, y: self._leave(y)),
+            *(m.register_forward_hook(lambda m, args, s: self._shortcut(s)) for m in shortcuts),
+        ]
+        for path, m in inner:
+            if path.partition(".")[0] not in _SHORTCUTS:
+                handles.append(m.register_forward_pre_hook(lambda m, args: self._begin(args)))
+                handles.append(m.register_forward_hook(lambda m, args, out: self._result(out)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, args: tuple, name: str, order: list[str]):
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        order.append(name)
+        # A copy of its own, so that no module's work in place reaches what is measured.
+        self.x = _watched(args[0])
+        return self.x, *args[1:]
+
+    def _begin(self, args: tuple):
+        if self.entry is not None or not args or args[0] is not self.x:
+            return None
+        self.entry = _watched(args[0])
+        return self.entry.clone(), *args[1:]
+
+    def _result(self, out):
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return None
+        self.results.append(_watched(out))
+        return self.results[-1].clone()
+
+    def _shortcut(self, out) -> None:
+        if isinstance(out, Tensor):
+            self.shortcut = out.detach().clone()
+
+    def _leave(self, y) -> None:
+        if isinstance(y, Tensor):
+            self.y = y.detach().clone()
+
+    def block(self, name: str) -> Block:
+        x = self.x.detach()
+        identity = self.shortcut is None
+        shortcut = x if identity else self.shortcut
+        branch, kind = self._branch(shortcut, identity)
+        self.f, sums = branch, kind == "identity"
+        if branch is not None:
+            f = branch.detach()
+        else:
+            f = self.y - shortcut if self.y.shape == shortcut.shape else self.y
+        return Block(
+            name, kind, _norm(x), _norm(f), _norm(self.x.grad),
+            None if branch is None else _norm(branch.grad),
+            _relative(self.y - (x + f), self.y) if sums else None,
+            self._backward_error(branch) if sums else None,
+        )  # fmt: skip
+
+    def _branch(self, shortcut: Tensor, identity: bool) -> tuple[Tensor | None, str]:
+        """The module result that the shortcut is added to, and what that makes of the block."""
+        for out in reversed(self.results):
+            if out.shape != self.y.shape or shortcut.shape != self.y.shape:
+                continue
+            total = shortcut + out.detach()
+            allowed = _tolerance(self.y, 2, _norm(shortcut), _norm(out))
+            if _relative(self.y - total, self.y) <= allowed:
+                return out, "identity" if identity else "projection"
+            if _relative(self.y - total.relu(), self.y) <= allowed:
+                return out, "post-activation"
+        return None, "other"
+
+    def _backward_error(self, branch: Tensor) -> float | None:
+        """``dx = dy + dF/dx * dy``: dy is what arrives at the branch's end, which was added."""
+        if self.entry is None or self.entry.grad is None or branch.grad is None:
+            return None
+        total = branch.grad + self.entry.grad
+        return _relative(self.x.grad - total, self.x.grad)
+
+
+def _watched(x: Tensor) -> Tensor:
+    """A copy whose gradient is kept."""
+    x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
+    x.retain_grad()
+    return x
+
+
+def _norm(x: Tensor | None) -> float:
+    return 0.0 if x is None else x.detach().double().norm().item()
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    return _norm(difference) / (_norm(whole) or 1.0)
+
+
+def _tolerance(whole: Tensor, terms: int, *norms: float) -> float:
+    """What the roundings of a sum of ``terms`` may be of its result, relative."""
+    largest = max(1.0, *(n / (_norm(whole) or 1.0) for n in norms))
+    return _ROUNDINGS * terms**0.5 * torch.finfo(whole.dtype).eps * largest
+
+
+def _runs(blocks: tuple[Block, ...], probes: list[_Probe]) -> Iterator[Run]:
+    """Maximal runs of identity mappings, each of which reads what the one before wrote."""
+    at = 0
+    while at < len(blocks):
+        end = at
+        while end < len(blocks) and blocks[end].kind == "identity":
+            if end > at and not torch.equal(probes[end].x.detach(), probes[end - 1].y):
+                break
+            end += 1
+        if end > at:
+            yield _run(blocks[at:end], probes[at:end])
+        at = max(end, at + 1)
+
+
+def _run(blocks: tuple[Block, ...], probes: list[_Probe]) -> Run:
+    first, last = probes[0], probes[-1]
+    total = sum((p.f.detach().double() for p in probes), first.x.detach().double())
+    tolerance = _tolerance(last.y, 1 + len(blocks), *(b.x for b in blocks), *(b.f for b in blocks))
+    backward = None
+    if all(b.backward_error is not None for b in blocks):
+        # Nothing follows the last addition: what arrives at its branch's result is dx_L.
+        dtotal = sum((p.entry.grad.double() for p in probes), last.f.grad.double())
+        backward = _relative(first.x.grad - dtotal, first.x.grad)
+        norms = [_norm(p.entry.grad) for p in probes]
+        tolerance = max(tolerance, _tolerance(first.x.grad, 1 + len(blocks), *norms))
+    names = tuple(b.name for b in blocks)
+    return Run(names, _relative(last.y - total, last.y), backward, tolerance)

@@ -1,0 +1,143 @@
+"""propagation: norms of signal and gradient, and the sums over identity mappings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fusedres
+from cases import randn
+from fusedres.__main__ import main
+from harness import Unchanged
+
+
+class PreActBlock(nn.Module):
+    """``x + conv(relu(bn(x)))``, an identity mapping (He et al. 2016b, figure 1)."""
+
+    def __init__(self, channels: int, scale: float = 1.0, inplace: bool = False):
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(channels), nn.ReLU(inplace=inplace)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.conv(self.act(self.norm(x)))
+
+
+class Projection(PreActBlock):
+    def __init__(self, inplanes: int, planes: int):
+        super().__init__(inplanes)
+        self.shortcut = nn.Conv2d(inplanes, planes, 1)
+        self.conv = nn.Conv2d(inplanes, planes, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(x))
+        return self.shortcut(h) + self.conv(h)
+
+
+def test_norms_and_sums_are_those_of_the_formula():
+    model = nn.Sequential(*(PreActBlock(6, inplace=i == 1) for i in range(3))).double()
+    x = randn((2, 6, 5, 5), torch.float64)
+    found = fusedres.propagation(model, x, loss=lambda y: y.square().sum())
+    # The same network written out.
+    values, branches = [x.clone().requires_grad_()], []
+    for block in model:
+        branches.append(block.conv(block.act(block.norm(values[-1]))))
+        values.append(values[-1] + branches[-1])
+    grads = torch.autograd.grad(values[-1].square().sum(), [*values[:3], *branches])
+    assert [b.name for b in found.blocks] == ["0", "1", "2"]
+    for i, block in enumerate(found.blocks):
+        wanted = dict(x=values[i], f=branches[i], dx=grads[i], df=grads[3 + i])
+        for name, t in wanted.items():
+            assert getattr(block, name) == pytest.approx(t.norm().item(), rel=1e-12)
+        assert block.kind == "identity"
+        assert block.forward_error < 1e-15 and block.backward_error < 1e-14
+    (run,) = found.runs
+    assert run.blocks == ("0", "1", "2") and found.ok and run.ok
+    assert 0 <= run.forward_error <= run.tolerance < 1e-12
+    assert 0 < run.backward_error <= run.tolerance
+    assert "x_L = x_l + sum F holds to" in str(found)
+
+
+def test_projections_end_a_run():
+    model = nn.Sequential(PreActBlock(4), PreActBlock(4), Projection(4, 6), PreActBlock(6))
+    found = fusedres.propagation(model, randn((2, 4, 5, 5)))
+    assert [b.kind for b in found.blocks] == ["identity", "identity", "projection", "identity"]
+    assert [r.blocks for r in found.runs] == [("0", "1"), ("3",)]
+    assert found.ok
+
+
+def test_what_comes_between_blocks_ends_a_run():
+    model = nn.Sequential(PreActBlock(4), nn.ReLU(), PreActBlock(4))
+    found = fusedres.propagation(model, randn((2, 4, 5, 5)))
+    assert [r.blocks for r in found.runs] == [("0",), ("2",)]
+
+
+def test_a_scaled_shortcut_is_no_identity():
+    """Equation 6: factors on the shortcut break the sum, and the tool must see it."""
+    found = fusedres.propagation(nn.Sequential(PreActBlock(4, 0.5)), randn((2, 4, 5, 5)))
+    assert found.blocks[0].kind == "other" and not found.runs
+    assert "no identity mappings" in str(found)
+
+
+@pytest.mark.parametrize("models", [fusedres.models, torchvision.models])
+def test_resnets_apply_an_activation_after_the_sum(models):
+    model = models.resnet18(num_classes=5)
+    before = [p.grad for p in model.parameters()]
+    x, state = torch.randn(2, 3, 32, 32), torch.get_rng_state()
+    with Unchanged(model, x):
+        found = fusedres.propagation(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.grad for p in model.parameters()] == before
+    assert [b.name for b in found.blocks] == [f"layer{i}.{j}" for i in range(1, 5) for j in (0, 1)]
+    assert {b.kind for b in found.blocks} == {"post-activation"}
+    assert all(b.x > 0 and b.f > 0 and b.dx > 0 and b.df > 0 for b in found.blocks)
+    assert not found.runs and found.ok
+
+
+def test_fused_and_plain_networks_give_the_same_figures():
+    ours, theirs = fusedres.models.resnet18(), torchvision.models.resnet18()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    found = [fusedres.propagation(m.eval(), x) for m in (ours, theirs)]
+    for a, b in zip(*(f.blocks for f in found), strict=True):
+        for name in ("x", "f", "dx", "df"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-3)
+
+
+@pytest.mark.parametrize("model,x,count", [
+    (nn.Sequential(fusedres.Highway(8), fusedres.Highway(8)), torch.randn(4, 8), 2),
+    (nn.TransformerEncoder(fusedres.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True), 2, enable_nested_tensor=False), torch.randn(3, 2, 8), 2),
+], ids=["highway", "transformer"])  # fmt: skip
+def test_other_architectures(model, x, count):
+    found = fusedres.propagation(model, x)
+    assert len(found.blocks) == count and {b.kind for b in found.blocks} == {"other"}
+    assert all(b.x > 0 and b.f > 0 and b.dx > 0 for b in found.blocks)
+
+
+def test_blocks_of_ones_own_choice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    found = fusedres.propagation(model, torch.randn(3, 4), blocks=lambda name, m: name == "1")
+    assert [b.name for b in found.blocks] == ["1"]
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module, got str"):
+        fusedres.propagation("resnet50")
+    with pytest.raises(ValueError, match="model: wanted residual blocks, found none in Linear"):
+        fusedres.propagation(nn.Linear(3, 3), torch.zeros(2, 3))
+
+
+def test_plot_and_command_line(tmp_path, capsys):
+    path = tmp_path / "out.png"
+    arguments = ["propagation", "resnet18", "--size", "32", "--plot", str(path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "layer4.1" in printed and "|F(x)|" in printed
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as error:
+        main(["propagation", "resnet17"])
+    assert error.value.code == 2
+    assert main([*arguments[:-1], str(tmp_path / "no" / "out.png")]) == 2
