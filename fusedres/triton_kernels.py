@@ -74,16 +74,12 @@ def device_reason(index: int) -> str | None:
 @cache
 def interpreted() -> bool:
     """Whether Triton interprets the kernels instead of compiling them. Imports Triton."""
-    return _launch().INTERPRETED
+    return package().module("launch").INTERPRETED
 
 
 def counted():
     """A context whose value is the list of the kernels that this thread launches inside."""
-    return _launch().counted()
-
-
-def _launch() -> ModuleType:
-    return importlib.import_module(f"{package().__name__}.launch")
+    return package().module("launch").counted()
 
 
 def has(op: str) -> bool:

@@ -18,6 +18,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 if __name__ != "fusedres.kernels":
     raise ImportError(f"this folder is the package fusedres.kernels, not {__name__!r}")
@@ -37,4 +38,9 @@ def launcher(op: str) -> Callable:
         KeyError: there is none (``op not in LAUNCHERS``).
         ImportError: Triton is not installed.
     """
-    return getattr(importlib.import_module(f"{__name__}.{LAUNCHERS[op]}"), op)
+    return getattr(module(LAUNCHERS[op]), op)
+
+
+def module(name: str) -> ModuleType:
+    """The file ``name``.py of this folder; importing it imports Triton."""
+    return importlib.import_module(f"{__name__}.{name}")

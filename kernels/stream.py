@@ -30,14 +30,14 @@ REDUCE_CONFIGS = (Config(4096, 64, 4), Config(8192, 64, 8), Config(2048, 64, 4))
 
 @triton.jit
 def bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C: tl.constexpr):
-    """rstd and a of BLOCK_C channels; ones without batch norm"""
+    """Variance, rstd and a of BLOCK_C channels; ones without batch norm"""
     if var_ptr is None:
-        rstd = tl.full((BLOCK_C,), 1.0, tl.float32)
-        return rstd, rstd
+        one = tl.full((BLOCK_C,), 1.0, tl.float32)
+        return one, one, one
     else:
         var = load_channels(var_ptr, c0, C, BLOCK_C, 1.0)
         rstd = tl.rsqrt(var + eps)
-        return rstd, rstd * load_channels(weight_ptr, c0, C, BLOCK_C, 1.0)
+        return var, rstd, rstd * load_channels(weight_ptr, c0, C, BLOCK_C, 1.0)
 
 
 @triton.jit
@@ -69,11 +69,9 @@ def stream_fwd_apply_kernel(
     start, offs, inside = tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
     x = tl.load(x_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     g = gate_of(logits_ptr, n, c0, C, GATE, BLOCK_C)
-    _, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
-    z = x
-    if mean_ptr is not None:
-        z -= spread(load_channels(mean_ptr, c0, C, BLOCK_C, 0.0), NHWC)
-    z *= spread(a * g, NHWC)
+    var, _, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
+    mean = load_channels(mean_ptr, c0, C, BLOCK_C, 0.0)
+    z = (x - spread(mean, NHWC)) * spread(a * g, NHWC)
     if bias_ptr is not None:
         z += spread(load_channels(bias_ptr, c0, C, BLOCK_C, 0.0) * g, NHWC)
     if residual_ptr is not None:
@@ -81,13 +79,12 @@ def stream_fwd_apply_kernel(
     y = act_forward(z, ACT).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + start + offs, y, mask=inside)
     if mask_ptr is not None:
+        bits = pack_bits(act_mask(z, ACT) & inside)
         start, offs, inside = mask_tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
-        tl.store(mask_ptr + start + offs, pack_bits(act_mask(z, ACT)), mask=inside)
+        tl.store(mask_ptr + start + offs, bits, mask=inside)
     if saved_mean_ptr is not None:
         if (n == 0) & (i0 == 0):
             offs_c = tl.arange(0, BLOCK_C)
-            mean = load_channels(mean_ptr, c0, C, BLOCK_C, 0.0)
-            var = load_channels(var_ptr, c0, C, BLOCK_C, 0.0)
             tl.store(saved_mean_ptr + c0 + offs_c, mean, mask=offs_c < C - c0)
             tl.store(saved_var_ptr + c0 + offs_c, var, mask=offs_c < C - c0)
 
@@ -137,7 +134,7 @@ def stream_bwd_reduce_kernel(
     C, HW = aligned(C, HW, NHWC, ALIGN)
     n, c0, first, part = locate(tl.program_id(0), C, HW, tiles, NHWC, BLOCK_C, BLOCK_HW)
     g = gate_of(logits_ptr, n, c0, C, GATE, BLOCK_C)
-    _, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
+    _, _, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
     center = load_channels(mean_ptr, c0, C, BLOCK_C, 0.0)
     shift = load_channels(bias_ptr, c0, C, BLOCK_C, 0.0) * g
     sum_u = tl.zeros((BLOCK_C,), tl.float32)
@@ -173,7 +170,7 @@ def stream_bwd_apply_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     n, c0, i0, _ = locate(pid, C, HW, 1, NHWC, BLOCK_C, BLOCK_HW)
     g = gate_of(logits_ptr, n, c0, C, GATE, BLOCK_C)
-    rstd, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
+    _, rstd, a = bn_scale(weight_ptr, var_ptr, c0, C, eps, BLOCK_C)
     center = load_channels(mean_ptr, c0, C, BLOCK_C, 0.0)
     shift = load_channels(bias_ptr, c0, C, BLOCK_C, 0.0) * g
     u, centered = gradient_tile(
