@@ -28,6 +28,12 @@ LAUNCHERS = {
     "bn_act": "bn_act",
     "bn_act_backward": "bn_act",
     "bn_stats": "bn_act",
+    "squeeze_excite": "squeeze_excite",
+    "squeeze_excite_backward": "squeeze_excite",
+    "bn_se_act": "bn_se_act",
+    "bn_se_act_backward": "bn_se_act",
+    "residual_mix": "residual_mix",
+    "residual_mix_backward": "residual_mix",
 }
 
 

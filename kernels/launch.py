@@ -46,8 +46,8 @@ class Launch:
     kernel: object
     programs: int
     args: tuple
-    warps: int
-    flags: dict
+    options: dict  # Triton's own: num_warps, num_stages
+    flags: dict  # constexpr arguments
 
     @property
     def name(self) -> str:
@@ -91,16 +91,25 @@ def is_dry() -> bool:
     return _state.dry is not None
 
 
-def launch(kernel, programs: int, *args, device: torch.device, warps: int, **flags) -> None:
-    """Start ``programs`` programs of ``kernel`` on the current stream of ``device``."""
-    call = Launch(kernel, programs, args, warps, flags)
+def launch(
+    kernel, programs: int, *args, device: torch.device, warps: int, stages: int | None = None,
+    **flags,
+) -> None:  # fmt: skip
+    """Start ``programs`` programs of ``kernel`` on the current stream of ``device``.
+
+    Args:
+        args: the kernel's arguments that are not constexpr, in order; ``flags`` are the others.
+        stages: of software pipelining, where the kernel's loop has it.
+    """
+    options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+    call = Launch(kernel, programs, args, options, flags)
     if _state.dry is not None:
         _state.dry.append(call)
         return
     for names in _state.counters:
         names.append(call.name)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **flags, num_warps=warps)
+        kernel[(programs,)](*args, **flags, **options)
 
 
 def power_of_2(n: int) -> int:

@@ -17,14 +17,16 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import triton
 
-from .launch import INTERPRETED, Config, is_dry
+from .launch import INTERPRETED, is_dry
 
+Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
 Result = TypeVar("Result")
 Timer = Callable[[Callable[[], object]], float]
 
@@ -46,7 +48,7 @@ def cuda_timer(run: Callable[[], object]) -> float:
 
 
 class Cache:
-    """Measured choices, in memory and in one JSON file: ``{key: [tile, inner, warps]}``.
+    """Measured choices, in memory and in one JSON file: ``{key: the configuration's fields}``.
 
     Processes may share the file: it is replaced as a whole, with what others wrote meanwhile
     taken over. A file that cannot be read counts as empty and one that cannot be written is given
@@ -62,11 +64,11 @@ class Cache:
     def get(self, key: str, configs: Sequence[Config]) -> Config | None:
         """The choice for ``key``, if it is still one of ``configs``."""
         choice = self._choices.get(key)
-        return next((c for c in configs if [c.tile, c.inner, c.warps] == choice), None)
+        return next((c for c in configs if list(astuple(c)) == choice), None)
 
     def put(self, key: str, config: Config) -> None:
         with self._lock:
-            self._choices[key] = [config.tile, config.inner, config.warps]
+            self._choices[key] = list(astuple(config))
             if self._writable:
                 self._choices = self._read() | self._choices
                 self._write()

@@ -50,10 +50,14 @@ class Job:
     kernel: str
     dtype: str
     arch: int
-    warps: int
+    options: tuple[tuple[str, int], ...]
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     aligned: tuple[int, ...]  # arguments that are multiples of 16
+
+    @property
+    def warps(self) -> int:
+        return dict(self.options)["num_warps"]
 
     @property
     def flags(self) -> str:
@@ -167,8 +171,8 @@ def job_of(launch, dtype: str, arch: int) -> Job:
         signature[name], constants[name] = "constexpr", value
     kernel = launch.kernel.fn
     return Job(
-        kernel.__module__, kernel.__name__, dtype, arch, launch.warps, tuple(signature.items()),
-        tuple(constants.items()), tuple(aligned),
+        kernel.__module__, kernel.__name__, dtype, arch, tuple(launch.options.items()),
+        tuple(signature.items()), tuple(constants.items()), tuple(aligned),
     )  # fmt: skip
 
 
@@ -188,7 +192,7 @@ def compiled(job: Job) -> Found:
     )  # fmt: skip
     try:
         binary = triton_compile(
-            source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": job.warps}
+            source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options)
         )
     except Exception as error:
         return Found(job, error=f"{type(error).__name__}: {error}")

@@ -50,7 +50,7 @@ def found(loads: dict[str, int], stores: dict[str, int], stack: int = 0) -> comp
     signature = {"x_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16", "mean_ptr": "*fp32"}
     flags = {"NHWC": True, "BLOCK_C": 64, "BLOCK_HW": 64}
     job = compile_gate.Job(
-        "fusedres.kernels.stream", "stream_fwd_apply_kernel", "bf16", 90, 4,
+        "fusedres.kernels.stream", "stream_fwd_apply_kernel", "bf16", 90, (("num_warps", 4),),
         tuple(signature.items()), tuple(flags.items()), (),
     )  # fmt: skip
     counts = compile_gate.Counter(
