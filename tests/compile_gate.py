@@ -6,9 +6,9 @@ prints a table and fails on what the kernels must not do: spill registers, or re
 activations in pieces of less than 16 bytes. What is compiled is what the launchers launch: they
 run on meta tensors, and each launch is recorded instead of started (``launch.dry_run``).
 
-By default every configuration is compiled in bf16 and the first one in fp16 too, each for one
-architecture in turn, so that every kernel is compiled for all; --full compiles every configuration
-in bf16, fp16 and fp32 for every architecture.
+By default every combination of operands is compiled in bf16 and fp16 with the first configuration,
+and every other configuration once, for one architecture in turn, so that every kernel is compiled
+for all; --full compiles every configuration in bf16, fp16 and fp32 for every architecture.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -115,8 +115,38 @@ def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
     ops.bn_act_backward(x, x, c, c, None, *args, False)
 
 
+def squeeze_excite_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.squeeze_excite")
+    x, w1, w2 = meta((256, 256, 56, 56), dtype, nhwc), meta((16, 256)), meta((256, 16))
+    mlp = w1, meta(16), w2, meta(256)
+    _, *saved = ops.squeeze_excite(x, *mlp, x, "relu", "sigmoid", "relu", True)
+    ops.squeeze_excite_backward(x, x, w1, w2, None, *saved, "relu", "sigmoid", "relu", True)
+
+
+def bn_se_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.bn_se_act")
+    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
+    w1, w2 = meta((16, 256)), meta((256, 16))
+    options = True, 1e-5, "relu", "sigmoid", "relu", True
+    _, *saved = ops.bn_se_act(x, c, c, w1, meta(16), w2, meta(256), x, None, None, *options)
+    ops.bn_se_act_backward(x, x, c, c, w1, w2, None, *saved, *options)
+
+
+def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.residual_mix")
+    x, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256, dtype)
+    for gate, scales in ((None, rows), (x, None)):
+        _, mask = ops.residual_mix(x, x, gate, scales, 1.0, 1.0, "relu", True)
+        ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
+
+
 # A function of dtype and layout for every op.
-CALLS: list[Callable[[torch.dtype, bool], None]] = [bn_act_calls]
+CALLS: list[Callable[[torch.dtype, bool], None]] = [
+    bn_act_calls,
+    squeeze_excite_calls,
+    bn_se_act_calls,
+    residual_mix_calls,
+]
 
 
 def jobs(full: bool) -> list[Job]:
@@ -124,28 +154,42 @@ def jobs(full: bool) -> list[Job]:
     launch = importlib.import_module("fusedres.kernels.launch")
     found: dict[Job, None] = {}
     turns: Counter = Counter()  # of the architectures, by kernel
+    variants: set = set()
+    configurations: set = set()
     for dtype, nhwc in itertools.product(DTYPES if full else HALF, (True, False)):
         for call in CALLS:
             with launch.dry_run() as launches:
                 call(dtype, nhwc)
-            seen: set = set()
             for one in launches:
-                default = variant(one) not in seen
-                seen.add(variant(one))
-                if not (full or default or dtype == torch.bfloat16):
-                    continue
-                archs = ARCHS if full else (ARCHS[turns[one.name] % len(ARCHS)],)
-                new = [job_of(one, DTYPES[dtype], arch) for arch in archs]
-                turns[one.name] += not full and new[0] not in found
-                found |= dict.fromkeys(new)
+                default = (dtype, variant(one)) not in variants
+                another = configuration(one) not in configurations
+                variants.add((dtype, variant(one)))
+                configurations.add(configuration(one))
+                if full or default or another:
+                    archs = ARCHS if full else (ARCHS[turns[one.name] % len(ARCHS)],)
+                    new = [job_of(one, DTYPES[dtype], arch) for arch in archs]
+                    turns[one.name] += 1
+                    found |= dict.fromkeys(new)
+    compiled_for = {(job.kernel, job.arch) for job in found}
+    for job, arch in itertools.product(list(found), ARCHS):  # of a kernel that had too few turns
+        if (job.kernel, arch) not in compiled_for:
+            compiled_for.add((job.kernel, arch))
+            found[replace(job, arch=arch)] = None
     return list(found)
 
 
 def variant(launch) -> tuple:
-    """A launch apart from its configuration."""
+    """What a launch is apart from its configuration: the arguments it has, its other flags."""
     present = tuple(a is None for a in launch.args)
     flags = {k: v for k, v in launch.flags.items() if not k.startswith("BLOCK")}
     return launch.name, present, tuple(flags.items())
+
+
+def configuration(launch) -> tuple:
+    """Its kernel, layout and configuration alone."""
+    shape = {k: v for k, v in launch.flags.items() if k.startswith("BLOCK")}
+    nhwc = launch.flags.get("NHWC")
+    return launch.name, nhwc, tuple(shape.items()), tuple(launch.options.items())
 
 
 def job_of(launch, dtype: str, arch: int) -> Job:
@@ -237,7 +281,12 @@ STREAMING = {
     "stream_fwd_apply_kernel": ("y_ptr",),
     "stream_bwd_reduce_kernel": (),
     "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),
+    "residual_mix_fwd_kernel": ("y_ptr",),
+    "residual_mix_bwd_kernel": ("dbranch_ptr", "dshortcut_ptr", "dgate_ptr"),
 }
+
+
+LOADED = ("x_ptr", "dy_ptr", "residual_ptr", "branch_ptr", "shortcut_ptr", "gate_ptr")
 
 
 def narrow_accesses(found: Found) -> Iterator[str]:
@@ -245,19 +294,21 @@ def narrow_accesses(found: Found) -> Iterator[str]:
 
     Bytes of the bit mask are narrower, and so are the sums of a program. In NCHW a channel is a row
     of the tile, and its parameters are read one by one; so are statistics that are only copied.
+    An image's scale is one number.
     """
     job = found.job
     flags = dict(job.constants)
     kind = f"*{job.dtype}"
-    # A parameter of the activations' dtype cannot be told from them: the calls pass float32.
-    data = [name for name, t in job.signature if t == kind]
-    if job.dtype == "fp32":
-        data = [n for n in data if n in ("x_ptr", "dy_ptr", "residual_ptr", *STREAMING[job.kernel])]
+    data = [n for n, t in job.signature if t == kind and n in (*LOADED, *STREAMING[job.kernel])]
     stored = [name for name in data if name in STREAMING[job.kernel]]
     size = 4 if job.dtype == "fp32" else 2
     each = flags["BLOCK_C"] * flags["BLOCK_HW"] * size // (16 * 32 * job.warps)
-    one_by_one = not flags["NHWC"] or "saved_mean_ptr" in dict(job.signature).keys() - flags.keys()
-    narrow = {"U8", "32"} if one_by_one else {"U8"}
+    present = dict(job.signature).keys() - flags.keys()
+    narrow = {"U8"}
+    if not flags["NHWC"] or "saved_mean_ptr" in present:
+        narrow.add("32")
+    if "row_scale_ptr" in present:
+        narrow.add("U16" if size == 2 else "32")
     loads, stores = found.widths("LDG"), found.widths("STG")
     for width in loads.keys() - {"128"} - narrow:
         yield f"{loads[width]} global loads of width {width}"
