@@ -91,6 +91,11 @@ def is_dry() -> bool:
     return _state.dry is not None
 
 
+def on(device: torch.device):
+    """The context in which ``device`` is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def launch(
     kernel, programs: int, *args, device: torch.device, warps: int, stages: int | None = None,
     **flags,
@@ -108,7 +113,7 @@ def launch(
         return
     for names in _state.counters:
         names.append(call.name)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         kernel[(programs,)](*args, **flags, **options)
 
 

@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 import triton
 
-from .launch import INTERPRETED, is_dry
+from .launch import INTERPRETED, is_dry, on
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
 Result = TypeVar("Result")
@@ -70,22 +70,22 @@ class Cache:
         with self._lock:
             self._choices[key] = list(astuple(config))
             if self._writable:
-                self._choices = self._read() | self._choices
+                self._choices = self._read(warn=False) | self._choices
                 self._write()
 
-    def _read(self) -> dict[str, list[int]]:
+    def _read(self, warn: bool = True) -> dict[str, list[int]]:
         try:
             found = json.loads(self.path.read_text())
-        except FileNotFoundError:
+            if not isinstance(found, dict):
+                raise ValueError(f"wanted an object, got {type(found).__name__}")
+            return found
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
-            warnings.warn(
-                f"fusedres: the measurements in {self.path} are lost: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if warn:
+                message = f"fusedres: the measurements in {self.path} are lost: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
             return {}
-        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
         temporary = None
@@ -127,41 +127,50 @@ def cache_of(gpu: str) -> Cache:
         return _caches[path]
 
 
-def wanted() -> bool:
-    return os.environ.get("FUSEDRES_TUNE", "") not in ("", "0")
+def measuring() -> bool:
+    """Whether unknown shapes are measured: FUSEDRES_TUNE is set, and no CUDA graph is recorded."""
+    asked = os.environ.get("FUSEDRES_TUNE", "") not in ("", "0")
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return asked and not capturing
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The name of the GPU that measurements belong to; None where nothing can be measured."""
+    if device.type != "cuda" or INTERPRETED:
+        return None
+    return torch.cuda.get_device_name(device)
 
 
 def best(
-    key: str, configs: Sequence[Config], run: Callable[[Config], object], gpu: str,
-    timer: Timer = cuda_timer, measure: bool | None = None,
+    key: str, configs: Sequence[Config], work: Callable[[Config], object], gpu: str, timer: Timer
 ) -> Config:  # fmt: skip
     """The configuration to use for ``key`` on ``gpu``.
 
     Args:
         key: what the choice depends on: kernel, dtype, layout, sizes.
         configs: those that ship; the first is the default.
-        run: does the whole work with a configuration, into results of its own.
-        measure: whether an unknown key is measured; by default, whether FUSEDRES_TUNE is set.
+        work: does everything with one configuration, into results of its own.
     """
     cache = cache_of(gpu)
     found = cache.get(key, configs)
     if found is not None:
         return found
-    if not (wanted() if measure is None else measure):
+    if not measuring():
         return configs[0]
-    times = {config: timer(lambda config=config: run(config)) for config in configs}
-    fastest = min(times, key=times.__getitem__)
+    times = [timer(lambda config=config: work(config)) for config in configs]
+    fastest = configs[times.index(min(times))]
     cache.put(key, fastest)
     return fastest
 
 
-def run(key: str, configs: Sequence[Config], work: Callable[[Config], Result], device) -> Result:
+def run(
+    key: str, configs: Sequence[Config], work: Callable[[Config], Result], device: torch.device
+) -> Result:  # fmt: skip
     """``work`` with the best configuration; the default one where nothing can be measured."""
     if is_dry():
         return [work(config) for config in configs][0]
-    if device.type != "cuda" or INTERPRETED or len(configs) == 1:
+    gpu = gpu_of(device)
+    if gpu is None or len(configs) == 1:
         return work(configs[0])
-    measure = None if not torch.cuda.is_current_stream_capturing() else False
-    with torch.cuda.device(device):
-        gpu = torch.cuda.get_device_name(device)
-        return work(best(key, configs, work, gpu, measure=measure))
+    with on(device):
+        return work(best(key, configs, work, gpu, cuda_timer))
