@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,9 @@ def _native_can_run(op: str, x: Tensor) -> str | None:
 
 
 def _triton_can_run(op: str, x: Tensor) -> str | None:
-    return "this version has no Triton kernels"
+    if op not in COMPOSED and not triton_kernels.has(op):
+        return f"there is no Triton kernel for {op}"
+    return triton_kernels.can_run(op, x, by_name=forced_backend() == "triton")
 
 
 def _reference_can_run(op: str, x: Tensor) -> str | None:
@@ -103,8 +105,8 @@ def choose(op: str, x: Tensor) -> Choice:
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")
-    if name == "reference" and x.device.type == "cpu":
-        _warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
+    if name == "reference":
+        _warn_of_plain_pytorch(x, reasons)
     return Choice(name, "; ".join(reasons) or None)
 
 
@@ -112,6 +114,13 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x`` (devices like meta have none)."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _warn_of_plain_pytorch(x: Tensor, reasons: list[str]) -> None:
+    if x.device.type == "cpu":
+        _warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
+    elif x.device.type == "cuda" and x.dtype != torch.float64:  # float64 belongs there
+        _warn_once(f"fusedres runs plain PyTorch: {reasons[1]}")
 
 
 def _warn_once(message: str) -> None:
@@ -189,5 +198,15 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
 
 def backends() -> dict[str, str | None]:
     """Every backend: None when it is available here, else the reason it is not."""
-    probe = torch.empty(0)
-    return {name: can_run("bn_act", probe) for name, can_run in BACKENDS.items()}
+    return {name: available_on(name)[1] for name in BACKENDS}
+
+
+def available_on(name: str) -> tuple[torch.device | None, str | None]:
+    """A device of this machine that backend ``name`` runs on; or None, and the reason."""
+    reason = None
+    for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        probe = torch.empty(0, device=device)
+        reason = BACKENDS[name]("bn_act", probe)
+        if reason is None:
+            return probe.device, None
+    return None, reason

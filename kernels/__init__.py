@@ -1,7 +1,52 @@
-"""Triton kernels, installed as ``fusedres.kernels``. They are not part of this version.
+"""Triton kernels, installed as ``fusedres.kernels``: one file an op, with its launchers.
+
+Importing this package does not import Triton; ``launcher`` does. A launcher has exactly the
+arguments and results of its op's schema, and its inputs are dense (``fusedres.layout.dense``).
+
+| file | what is in it |
+|---|---|
+| launch.py | how a kernel is started: tile sizes, devices, the count of launches |
+| tuning.py | the measured choice among a kernel's configurations, kept on disk |
+| activations.py, tile.py | device functions: activations, gates; addresses, bit masks |
+| stats.py | per-channel statistics of x |
+| stream.py | the apply, reduce and backward-apply passes that several ops share |
+| mlp.py | the squeeze-excite MLP on [N, C] |
+| <op>.py | the op's launchers, and the kernels that are its own |
 
 ``kernels`` is the name of another package, so this folder refuses to be imported under it.
 """
 
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
 if __name__ != "fusedres.kernels":
     raise ImportError(f"this folder is the package fusedres.kernels, not {__name__!r}")
+
+# Which file holds the launcher of an op; the launcher has the op's name.
+LAUNCHERS = {
+    "bn_act": "bn_act",
+    "bn_act_backward": "bn_act",
+    "bn_stats": "bn_act",
+    "squeeze_excite": "squeeze_excite",
+    "squeeze_excite_backward": "squeeze_excite",
+    "bn_se_act": "bn_se_act",
+    "bn_se_act_backward": "bn_se_act",
+    "residual_mix": "residual_mix",
+    "residual_mix_backward": "residual_mix",
+}
+
+
+def launcher(op: str) -> Callable:
+    """The function that runs ``op`` on Triton.
+
+    Raises:
+        KeyError: there is none (``op not in LAUNCHERS``).
+        ImportError: Triton is not installed.
+    """
+    return getattr(module(LAUNCHERS[op]), op)
+
+
+def module(name: str) -> ModuleType:
+    """The file ``name``.py of this folder; importing it imports Triton."""
+    return importlib.import_module(f"{__name__}.{name}")

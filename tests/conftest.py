@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 
 THREADS = 2
+
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before the
+# first import of Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _hide_kernels_folder() -> None:

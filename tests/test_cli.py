@@ -104,7 +104,10 @@ def test_verify_options_reach_the_model(monkeypatch):
         (("resnet18", "--device", "nowhere"), "--device nowhere: "),
         (("resnet18", "--backend", "cuda"), "invalid choice: 'cuda'"),
         (("resnet18", "--bogus"), "unrecognized arguments: --bogus"),
-        (("resnet18", "--backend", "triton", *TINY), "backend 'triton' cannot run"),
+        (
+            ("resnet18", "--backend", "triton", "--dtype", "float64", *TINY),
+            "backend 'triton' cannot run",
+        ),
         (
             ("resnet18", "--train", "--size", "32", "--batch", "1"),
             "Expected more than 1 value per channel when training",

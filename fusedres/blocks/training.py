@@ -19,16 +19,19 @@ NO_PROLOGUE = (None, None, None, None, False, 0.0, "identity")
 
 def convolve(unit: Unit, state: State) -> Pending:
     """The unit's convolution of ``state``; its own norm and activation are left pending."""
-    prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
-    x, weight, bias = operands(value(state), unit.conv)
-    raw, mean, var = conv_stats.op(
-        x, *prologue, weight, bias, *unit.geometry, unit.norm.batch_stats
-    )
+    raw, mean, var = _convolution(unit, state, unit.norm.batch_stats)
     if unit.norm.batch_stats:
         checks.more_than_one_value(raw)
     else:
         mean, var = unit.norm.running_mean, unit.norm.running_var
     return Pending(raw, unit.norm, unit.act, mean, var)
+
+
+def _convolution(unit: Unit, state: State, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw result, with its mean and variance if ``stats`` are wanted."""
+    prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
+    x, weight, bias = operands(value(state), unit.conv)
+    return conv_stats.op(x, *prologue, weight, bias, *unit.geometry, stats)
 
 
 def tail(
@@ -75,11 +78,16 @@ def tail(
         )  # fmt: skip
         batches.append((norm, mean, var, y.shape))
     else:
-        pending = convolve(unit, state)
-        batches.append((norm, pending.mean, pending.var, pending.raw.shape))
-        stats = pending.mean, pending.var
-        raw = dense(pending.raw)
-        y = tail_op(raw, spec, affine, params, residual, stats, side, scale, save_mask)[0]
+        # With squeeze-excite the pass that squeezes gives batch norm's statistics as well.
+        in_conv = norm.batch_stats and mlp is None
+        raw, *stats = _convolution(unit, state, in_conv)
+        if not in_conv:
+            stats = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
+        raw = dense(raw)
+        y, mean, var = tail_op(raw, spec, affine, params, residual, stats, side, scale, save_mask)[
+            :3
+        ]
+        batches.append((norm, mean, var, y.shape))
     return y if unit.then is None else activate(y, unit.then)
 
 

@@ -8,13 +8,14 @@ compiled library implements. Both exist on a machine without the compiled librar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import dispatch
+from .. import dispatch, triton_kernels
 
 _public = torch.library.Library("fusedres", "DEF")
 _native = torch.library.Library("fusedres_native", "DEF")
@@ -102,9 +103,15 @@ def define(
     def run(*args):
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
-        if dispatch.observed() and traffic is not None:
+        on_triton = choice.backend == "triton" and triton_kernels.has(name)
+        observed = dispatch.observed() and traffic is not None
+        if observed and not on_triton:
             dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
-        if composed is not None:
+        if on_triton:
+            kernel = triton_kernels.launcher(name)
+            if observed:
+                kernel = partial(_counted, kernel, name, traffic, choice)
+        elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
             return native(*args)
@@ -138,6 +145,14 @@ def define(
     parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), parts)
     return Op(dispatched, run, meaning, function)
+
+
+def _counted(kernel: Callable, name: str, traffic: Traffic, choice: dispatch.Choice, *args):
+    """Run the op and tell the observers how many kernels it launched."""
+    with triton_kernels.counted() as launched:
+        result = kernel(*args)
+    dispatch.notify(replace(_event(name, traffic, choice, args), launches=len(launched)))
+    return result
 
 
 def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:

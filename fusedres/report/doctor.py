@@ -168,7 +168,8 @@ def _backends() -> Iterator[Finding]:
 
 def _trial(backend: str) -> str | None:
     """Run one op; None, or what went wrong, whatever it was."""
-    x = torch.linspace(-1, 1, 48).view(2, 3, 2, 4)
+    device, _ = dispatch.available_on(backend)
+    x = torch.linspace(-1, 1, 48, device=device).view(2, 3, 2, 4)
     bn = None, None, None, None, None, True, 1e-5, "relu"
     try:
         with dispatch.backend(backend):

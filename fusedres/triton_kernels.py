@@ -1,0 +1,115 @@
+"""Finds the Triton kernels, and remembers why when they cannot run. Does not import Triton."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)  # the oldest release that the kernels are compiled and run with
+LOWEST_CAPABILITY = (8, 0)  # Ampere: the lowest that the kernels are compiled for
+
+
+@cache
+def package() -> ModuleType:
+    """``fusedres.kernels``; in a checkout that is not installed, the folder beside this one."""
+    name = "fusedres.kernels"
+    if importlib.util.find_spec(name) is None:
+        folder = Path(__file__).parents[1] / "kernels"
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(name)
+
+
+@cache
+def version() -> str | None:
+    """The installed Triton, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as ROCm's is
+        return importlib.import_module("triton").__version__
+
+
+@cache
+def missing() -> str | None:
+    """Why no kernel can run here, or None."""
+    found = version()
+    if found is None:
+        return "Triton is not installed"
+    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    if numbers < OLDEST:
+        return f"Triton {found} is older than {OLDEST[0]}.{OLDEST[1]}"
+    if torch.version.hip is not None:
+        return "the kernels are compiled for NVIDIA GPUs only, this PyTorch is built for ROCm"
+    return None
+
+
+@cache
+def device_reason(index: int) -> str | None:
+    """Why kernels cannot run on this CUDA device, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LOWEST_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(index), LOWEST_CAPABILITY
+        has = "{}.{}".format(*capability)
+        return f"{name} has compute capability {has}, the kernels need {major}.{minor}"
+    if interpreted():
+        return "TRITON_INTERPRET is set: the kernels are interpreted, on CPU tensors"
+    return None
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton interprets the kernels instead of compiling them. Imports Triton."""
+    return package().module("launch").INTERPRETED
+
+
+def counted():
+    """A context whose value is the list of the kernels that this thread launches inside."""
+    return package().module("launch").counted()
+
+
+def has(op: str) -> bool:
+    return op in package().LAUNCHERS
+
+
+def launcher(op: str) -> Callable:
+    """The function that runs ``op``: its schema's arguments and results."""
+    return package().launcher(op)
+
+
+def can_run(op: str, x: Tensor, *, by_name: bool) -> str | None:
+    """Why the kernels cannot run ``op`` on ``x``, or None.
+
+    Args:
+        by_name: whether Triton was asked for by name: only then is a CPU tensor interpreted.
+    """
+    if (reason := missing()) is not None:
+        return reason
+    if x.dtype == torch.float64:
+        return "float64 runs on the reference"
+    if x.device.type == "cuda":
+        return device_reason(x.device.index)
+    if x.device.type != "cpu":
+        return f"the kernels run on CUDA devices, x is on {x.device.type}"
+    if not by_name:
+        return "the kernels run on CUDA devices, x is on cpu"
+    if not interpreted():
+        return (
+            "x is on cpu, where Triton only interprets kernels, for tests: set TRITON_INTERPRET=1"
+            " before the first import of triton or fusedres"
+        )
+    return None

@@ -1,0 +1,176 @@
+"""Which of a kernel's configurations is used: the first, or the one measured to be the fastest.
+
+Nothing is measured unless FUSEDRES_TUNE=1 is set: then a launch of a shape that was never measured
+on this GPU tries each configuration. What it found is kept in a file a GPU and Triton version, in
+FUSEDRES_CACHE_DIR (default: fusedres/ in XDG_CACHE_HOME, ~/.cache), and is used from then on
+with or without FUSEDRES_TUNE. A measurement replays the launch on its own inputs, which it only
+reads, and on results that it allocates: nothing of the user's is written to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+from .launch import INTERPRETED, is_dry, on
+
+Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
+Result = TypeVar("Result")
+Timer = Callable[[Callable[[], object]], float]
+
+REPEATS = 5
+
+
+def cuda_timer(run: Callable[[], object]) -> float:
+    """Milliseconds of ``run`` on the current CUDA device: the median of five, warmed up."""
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+class Cache:
+    """Measured choices, in memory and in one JSON file: ``{key: the configuration's fields}``.
+
+    Processes may share the file: it is replaced as a whole, with what others wrote meanwhile
+    taken over. A file that cannot be read counts as empty and one that cannot be written is given
+    up, each with one warning.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._choices = self._read()
+        self._writable = True
+
+    def get(self, key: str, configs: Sequence[Config]) -> Config | None:
+        """The choice for ``key``, if it is still one of ``configs``."""
+        choice = self._choices.get(key)
+        return next((c for c in configs if list(astuple(c)) == choice), None)
+
+    def put(self, key: str, config: Config) -> None:
+        with self._lock:
+            self._choices[key] = list(astuple(config))
+            if self._writable:
+                self._choices = self._read(warn=False) | self._choices
+                self._write()
+
+    def _read(self, warn: bool = True) -> dict[str, list[int]]:
+        try:
+            found = json.loads(self.path.read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"wanted an object, got {type(found).__name__}")
+            return found
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            if warn:
+                message = f"fusedres: the measurements in {self.path} are lost: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return {}
+
+    def _write(self) -> None:
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+            with os.fdopen(handle, "w") as file:
+                json.dump(self._choices, file, indent=0, sort_keys=True)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            self._writable = False
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            warnings.warn(
+                f"fusedres: measurements are not kept, {self.path} cannot be written: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_caches: dict[Path, Cache] = {}
+_lock = threading.Lock()
+
+
+def cache_path(gpu: str) -> Path:
+    """The file of one GPU model and Triton version."""
+    base = os.environ.get("FUSEDRES_CACHE_DIR")
+    if not base:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return Path(base) / f"triton-{triton.__version__}-{name}.json"
+
+
+def cache_of(gpu: str) -> Cache:
+    path = cache_path(gpu)
+    with _lock:
+        if path not in _caches:
+            _caches[path] = Cache(path)
+        return _caches[path]
+
+
+def measuring() -> bool:
+    """Whether unknown shapes are measured: FUSEDRES_TUNE is set, and no CUDA graph is recorded."""
+    asked = os.environ.get("FUSEDRES_TUNE", "") not in ("", "0")
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return asked and not capturing
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The name of the GPU that measurements belong to; None where nothing can be measured."""
+    if device.type != "cuda" or INTERPRETED:
+        return None
+    return torch.cuda.get_device_name(device)
+
+
+def best(
+    key: str, configs: Sequence[Config], work: Callable[[Config], object], gpu: str, timer: Timer
+) -> Config:  # fmt: skip
+    """The configuration to use for ``key`` on ``gpu``.
+
+    Args:
+        key: what the choice depends on: kernel, dtype, layout, sizes.
+        configs: those that ship; the first is the default.
+        work: does everything with one configuration, into results of its own.
+    """
+    cache = cache_of(gpu)
+    found = cache.get(key, configs)
+    if found is not None:
+        return found
+    if not measuring():
+        return configs[0]
+    times = [timer(lambda config=config: work(config)) for config in configs]
+    fastest = configs[times.index(min(times))]
+    cache.put(key, fastest)
+    return fastest
+
+
+def run(
+    key: str, configs: Sequence[Config], work: Callable[[Config], Result], device: torch.device
+) -> Result:  # fmt: skip
+    """``work`` with the best configuration; the default one where nothing can be measured."""
+    if is_dry():
+        return [work(config) for config in configs][0]
+    gpu = gpu_of(device)
+    if gpu is None or len(configs) == 1:
+        return work(configs[0])
+    with on(device):
+        return work(best(key, configs, work, gpu, cuda_timer))

@@ -1,0 +1,354 @@
+"""Compiles every Triton kernel for every GPU generation, without a GPU, and reads the machine code.
+
+    python tests/compile_gate.py [--full]
+
+prints a table and fails on what the kernels must not do: spill registers, or read or write the
+activations in pieces of less than 16 bytes. What is compiled is what the launchers launch: they
+run on meta tensors, and each launch is recorded instead of started (``launch.dry_run``).
+
+By default every combination of operands is compiled in bf16 and fp16 with the first configuration,
+and every other configuration once, for one architecture in turn, so that every kernel is compiled
+for all; --full compiles every configuration in bf16, fp16 and fp32 for every architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from fusedres import triton_kernels  # noqa: E402
+from fusedres.report.table import render  # noqa: E402
+
+ARCHS = (80, 90, 100, 120)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+HALF = (torch.bfloat16, torch.float16)
+TYPES = {**DTYPES, torch.uint8: "u8", torch.float64: "fp64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel, as one launch specialises it, for one architecture."""
+
+    module: str
+    kernel: str
+    dtype: str
+    arch: int
+    options: tuple[tuple[str, int], ...]
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]  # arguments that are multiples of 16
+
+    @property
+    def warps(self) -> int:
+        return dict(self.options)["num_warps"]
+
+    @property
+    def flags(self) -> str:
+        """What tells it from the kernel's other launches."""
+        skipped = ("WIDE",)
+        parts = []
+        for name, value in self.constants:
+            if value is None:
+                parts.append(f"no {name.removesuffix('_ptr')}")
+            elif isinstance(value, bool) and name not in skipped:
+                parts.append(f"{name}={value:d}")
+            elif name not in skipped:
+                parts.append(value if isinstance(value, str) else f"{name}={value}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the machine code of a job is like."""
+
+    job: Job
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    instructions: int = 0
+    counts: Counter = field(default_factory=Counter)
+    error: str | None = None
+
+    def widths(self, kind: str) -> dict[str, int]:
+        """Global loads ("LDG") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
+        found: Counter = Counter()
+        for name, n in self.counts.items():
+            if name.startswith(kind + "."):
+                width = re.search(r"\.(U8|S8|U16|S16|64|128)\b", name)
+                found[width.group(1) if width else "32"] += n
+        return dict(found)
+
+
+# --- what is launched: the launchers on meta tensors of ResNet-50's first stage
+
+
+def meta(shape, dtype=torch.float32, nhwc=False) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if nhwc else x
+
+
+def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.bn_act")
+    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
+    _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
+    ops.bn_act(x, c, c, None, c, c, False, 1e-5, "relu", False)
+    args = mean, var, mask, True, 1e-5, "relu"
+    ops.bn_act_backward(x, x, c, c, None, *args, True)
+    args = mean, var, mask[:0, 0], True, 1e-5, "relu"
+    ops.bn_act_backward(x, x, c, c, None, *args, False)
+
+
+def squeeze_excite_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.squeeze_excite")
+    x, w1, w2 = meta((256, 256, 56, 56), dtype, nhwc), meta((16, 256)), meta((256, 16))
+    mlp = w1, meta(16), w2, meta(256)
+    _, *saved = ops.squeeze_excite(x, *mlp, x, "relu", "sigmoid", "relu", True)
+    ops.squeeze_excite_backward(x, x, w1, w2, None, *saved, "relu", "sigmoid", "relu", True)
+
+
+def bn_se_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.bn_se_act")
+    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
+    w1, w2 = meta((16, 256)), meta((256, 16))
+    options = True, 1e-5, "relu", "sigmoid", "relu", True
+    _, *saved = ops.bn_se_act(x, c, c, w1, meta(16), w2, meta(256), x, None, None, *options)
+    ops.bn_se_act_backward(x, x, c, c, w1, w2, None, *saved, *options)
+
+
+def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = importlib.import_module("fusedres.kernels.residual_mix")
+    x, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256, dtype)
+    for gate, scales in ((None, rows), (x, None)):
+        _, mask = ops.residual_mix(x, x, gate, scales, 1.0, 1.0, "relu", True)
+        ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
+
+
+# A function of dtype and layout for every op.
+CALLS: list[Callable[[torch.dtype, bool], None]] = [
+    bn_act_calls,
+    squeeze_excite_calls,
+    bn_se_act_calls,
+    residual_mix_calls,
+]
+
+
+def jobs(full: bool) -> list[Job]:
+    """What to compile, each once."""
+    launch = importlib.import_module("fusedres.kernels.launch")
+    found: dict[Job, None] = {}
+    turns: Counter = Counter()  # of the architectures, by kernel
+    variants: set = set()
+    configurations: set = set()
+    for dtype, nhwc in itertools.product(DTYPES if full else HALF, (True, False)):
+        for call in CALLS:
+            with launch.dry_run() as launches:
+                call(dtype, nhwc)
+            for one in launches:
+                default = (dtype, variant(one)) not in variants
+                another = configuration(one) not in configurations
+                variants.add((dtype, variant(one)))
+                configurations.add(configuration(one))
+                if full or default or another:
+                    archs = ARCHS if full else (ARCHS[turns[one.name] % len(ARCHS)],)
+                    new = [job_of(one, DTYPES[dtype], arch) for arch in archs]
+                    turns[one.name] += 1
+                    found |= dict.fromkeys(new)
+    compiled_for = {(job.kernel, job.arch) for job in found}
+    for job, arch in itertools.product(list(found), ARCHS):  # of a kernel that had too few turns
+        if (job.kernel, arch) not in compiled_for:
+            compiled_for.add((job.kernel, arch))
+            found[replace(job, arch=arch)] = None
+    return list(found)
+
+
+def variant(launch) -> tuple:
+    """What a launch is apart from its configuration: the arguments it has, its other flags."""
+    present = tuple(a is None for a in launch.args)
+    flags = {k: v for k, v in launch.flags.items() if not k.startswith("BLOCK")}
+    return launch.name, present, tuple(flags.items())
+
+
+def configuration(launch) -> tuple:
+    """Its kernel, layout and configuration alone."""
+    shape = {k: v for k, v in launch.flags.items() if k.startswith("BLOCK")}
+    nhwc = launch.flags.get("NHWC")
+    return launch.name, nhwc, tuple(shape.items()), tuple(launch.options.items())
+
+
+def job_of(launch, dtype: str, arch: int) -> Job:
+    """The specialisation that Triton would choose for the arguments of a launch."""
+    signature, constants, aligned = {}, {}, []
+    for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
+        name = parameter.name
+        signature[name] = "constexpr"
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned.append(i)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(i)
+    for name, value in launch.flags.items():
+        signature[name], constants[name] = "constexpr", value
+    kernel = launch.kernel.fn
+    return Job(
+        kernel.__module__, kernel.__name__, dtype, arch, tuple(launch.options.items()),
+        tuple(signature.items()), tuple(constants.items()), tuple(aligned),
+    )  # fmt: skip
+
+
+# --- compiling, in a worker process
+
+
+def compiled(job: Job) -> Found:
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    triton_kernels.package()
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = ASTSource(
+        fn=kernel, signature=dict(job.signature), constexprs=dict(job.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in job.aligned},
+    )  # fmt: skip
+    try:
+        binary = triton_compile(
+            source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options)
+        )
+    except Exception as error:
+        return Found(job, error=f"{type(error).__name__}: {error}")
+    return read_machine_code(job, binary.asm["cubin"], binary.metadata.shared)
+
+
+def read_machine_code(job: Job, cubin: bytes, shared: int) -> Found:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name],
+            env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
+    counts = Counter(lines)
+    return Found(job, *map(int, usage.groups()), shared, len(lines), counts)
+
+
+# --- what must hold
+
+
+def failures(found: Found) -> Iterator[str]:
+    if found.error is not None:
+        yield found.error
+        return
+    spills = sum(n for name, n in found.counts.items() if name.startswith(("STL", "LDL")))
+    if found.stack or spills:
+        yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
+    if found.job.kernel in STREAMING:
+        yield from narrow_accesses(found)
+
+
+# Kernels that stream activations, and which of their pointers they write activations to.
+STREAMING = {
+    "bn_stats_kernel": (),
+    "stream_fwd_apply_kernel": ("y_ptr",),
+    "stream_bwd_reduce_kernel": (),
+    "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),
+    "residual_mix_fwd_kernel": ("y_ptr",),
+    "residual_mix_bwd_kernel": ("dbranch_ptr", "dshortcut_ptr", "dgate_ptr"),
+}
+
+
+LOADED = ("x_ptr", "dy_ptr", "residual_ptr", "branch_ptr", "shortcut_ptr", "gate_ptr")
+
+
+def narrow_accesses(found: Found) -> Iterator[str]:
+    """Activations are read and written 16 bytes at a time.
+
+    Bytes of the bit mask are narrower, and so are the sums of a program. In NCHW a channel is a row
+    of the tile, and its parameters are read one by one; so are statistics that are only copied.
+    An image's scale is one number.
+    """
+    job = found.job
+    flags = dict(job.constants)
+    kind = f"*{job.dtype}"
+    data = [n for n, t in job.signature if t == kind and n in (*LOADED, *STREAMING[job.kernel])]
+    stored = [name for name in data if name in STREAMING[job.kernel]]
+    size = 4 if job.dtype == "fp32" else 2
+    each = flags["BLOCK_C"] * flags["BLOCK_HW"] * size // (16 * 32 * job.warps)
+    present = dict(job.signature).keys() - flags.keys()
+    narrow = {"U8"}
+    if not flags["NHWC"] or "saved_mean_ptr" in present:
+        narrow.add("32")
+    if "row_scale_ptr" in present:
+        narrow.add("U16" if size == 2 else "32")
+    loads, stores = found.widths("LDG"), found.widths("STG")
+    for width in loads.keys() - {"128"} - narrow:
+        yield f"{loads[width]} global loads of width {width}"
+    if loads.get("128", 0) < each * (len(data) - len(stored)):
+        yield f"{loads.get('128', 0)} loads of 16 bytes for {len(data) - len(stored)} tensors"
+    if stored and stores.get("128", 0) != each * len(stored):
+        yield f"{stores.get('128', 0)} stores of 16 bytes for {len(stored)} tensors"
+
+
+def table(results: list[Found]) -> str:
+    columns = "kernel", "dtype", "sm", "warps", "registers", "shared", "instructions", "loads"
+    rows = []
+    for f in results:
+        sizes = f.widths("LDG")
+        loads = " ".join(f"{n}x{width}" for width, n in sorted(sizes.items()))
+        rows.append((
+            f.job.kernel.removesuffix("_kernel"), f.job.dtype, str(f.job.arch), str(f.job.warps),
+            str(f.registers), str(f.shared), str(f.instructions), loads, f.job.flags,
+        ))  # fmt: skip
+    return render((*columns, "flags"), sorted(rows), numeric=columns[2:7])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every configuration everywhere")
+    full = parser.parse_args().full
+    os.environ.pop("TRITON_INTERPRET", None)
+    triton_kernels.package()
+    todo, start = jobs(full), time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        results = list(pool.map(compiled, todo, chunksize=4))
+    print(table(results))
+    wrong = [(f.job, message) for f in results for message in failures(f)]
+    for job, message in wrong:
+        print(f"{job.kernel} sm_{job.arch} {job.dtype} {job.flags}: {message}")
+    seconds = time.monotonic() - start
+    print(f"{len(results)} kernels compiled in {seconds:.0f} s, {len(wrong)} failures")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

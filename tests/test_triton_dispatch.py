@@ -1,0 +1,243 @@
+"""When Triton runs an op, why it does not, and what explain says of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fusedres
+from cases import randn
+from fusedres import dispatch, triton_kernels
+from fusedres.functional import batch_norm_act
+from modules import block_pair, compare, parameter_gradients
+from triton_cases import triton_on
+
+on_this_cpu = pytest.mark.skipif(
+    torch.cuda.is_available() or triton_kernels.missing() is not None,
+    reason="Triton interprets nothing here",
+)
+
+
+def reason(x, op: str = "bn_act") -> str | None:
+    return dispatch.BACKENDS["triton"](op, x)
+
+
+def on(device: str, dtype=torch.bfloat16):
+    """What the choice of a backend looks at, of a tensor that cannot exist here."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU of this compute capability, as far as the choice can see."""
+
+    def install(capability=(9, 0), interpreted=False, version="3.7.1"):
+        for name in ("missing", "device_reason"):  # without what they remember of this machine
+            monkeypatch.setattr(triton_kernels, name, getattr(triton_kernels, name).__wrapped__)
+        monkeypatch.setattr(triton_kernels, "version", lambda: version)
+        monkeypatch.setattr(triton_kernels, "interpreted", lambda: interpreted)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(dispatch, "_warned", set())
+
+    return install
+
+
+def test_a_cuda_tensor_goes_to_triton(gpu):
+    gpu()
+    for op in ("bn_act", "bn_se_act_backward", "residual_mix", "conv_stats", "conv_bn_act"):
+        choice = dispatch.choose(op, on("cuda:0"))
+        assert choice.backend == "triton"
+        assert choice.reason == "native: the library holds CPU kernels, x is on cuda"
+
+
+@pytest.mark.parametrize("machine,x,wanted", [
+    (dict(version=None), on("cuda:0"), "Triton is not installed"),
+    (dict(version="3.5.1"), on("cuda:0"), "Triton 3.5.1 is older than 3.6"),
+    (dict(version="3.10.0+git"), on("cuda:0"), None),
+    (dict(capability=(7, 5)), on("cuda:1"), "GPU 1 has compute capability 7.5, .* need 8.0"),
+    (dict(capability=(12, 0)), on("cuda:0"), None),
+    (dict(interpreted=True), on("cuda:0"), "TRITON_INTERPRET is set"),
+    (dict(), on("cuda:0", torch.float64), "float64 runs on the reference"),
+    (dict(), on("xpu:0"), "run on CUDA devices, x is on xpu"),
+    (dict(), on("cpu"), "run on CUDA devices, x is on cpu"),
+], ids=str)  # fmt: skip
+def test_reasons(machine, x, wanted, gpu):
+    gpu(**machine)
+    found = reason(x)
+    assert found is None if wanted is None else re.search(wanted, found)
+
+
+def test_an_op_without_a_kernel(gpu):
+    gpu()
+    assert reason(on("cuda:0"), "another_op") == "there is no Triton kernel for another_op"
+
+
+def test_rocm(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "this PyTorch is built for ROCm" in reason(on("cuda:0"))
+
+
+def test_a_gpu_that_triton_cannot_target_is_one_warning(gpu):
+    gpu(capability=(7, 0))
+    with pytest.warns(RuntimeWarning, match="runs plain PyTorch: triton: GPU 0 has comp") as caught:
+        assert dispatch.choose("bn_act", on("cuda:0")).backend == "reference"
+        assert dispatch.choose("bn_se_act", on("cuda:0")).backend == "reference"
+        assert dispatch.choose("bn_act", on("cuda:0", torch.float64)).backend == "reference"
+    assert len(caught) == 1
+
+
+def test_float64_on_a_gpu_belongs_to_the_reference_without_a_warning(gpu, recwarn):
+    gpu()
+    assert dispatch.choose("bn_act", on("cuda:0", torch.float64)).backend == "reference"
+    assert not recwarn.list
+
+
+def test_auto_never_interprets():
+    events = []
+    with dispatch.observe(events.append):
+        batch_norm_act(randn((2, 3, 4, 4)), None, None, training=True)
+    assert [e.backend for e in events] == ["native"]
+    assert fusedres.backends()["triton"] is not None or torch.cuda.is_available()
+
+
+@on_this_cpu
+def test_asked_for_by_name_it_interprets_and_says_so():
+    events = []
+    x = randn((2, 3, 4, 4)).requires_grad_()
+    with triton_on("cpu"), dispatch.observe(events.append):
+        batch_norm_act(x, None, None, training=True).sum().backward()
+    found = [(e.op, e.backend, e.launches, e.reason) for e in events]
+    assert found == [("bn_act", "triton", 3, None), ("bn_act_backward", "triton", 3, None)]
+
+
+@on_this_cpu
+def test_float64_asked_for_by_name_is_an_error():
+    with pytest.raises(RuntimeError, match="'triton' cannot run bn_act: float64 runs on the ref"):
+        with fusedres.backend("triton"):
+            batch_norm_act(randn((2, 3, 4, 4), torch.float64), None, None, training=True)
+
+
+@on_this_cpu
+def test_double_backward_is_the_references():
+    x = torch.randn(3, 2, 2, 2, requires_grad=True)
+    grads = []
+    for name in ("triton", "reference"):
+        with fusedres.backend(name):
+            y = batch_norm_act(x, None, None, training=True, act="silu")
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            grads.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5) and grads[0].count_nonzero()
+
+
+# --- blocks
+
+
+# Three launches for a norm's statistics and application, three for its backward, and one where the
+# backward applies it again to the input of the next convolution.
+LAUNCHES = {
+    "BasicBlock": (3 * 3, 3 * 3 + 1),
+    "Bottleneck": (4 * 3, 4 * 3 + 2),
+    "SEBasicBlock": (2 * 3 + 6, 2 * 3 + 8 + 1),  # bn_se_act: 6 and 8
+}
+
+
+@on_this_cpu
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_block_in_training(name):
+    block, _ = block_pair(name)
+    x = randn((2, 16, 4, 4)).requires_grad_()
+    events = []
+    with triton_on("cpu"), triton_kernels.counted() as launched:
+        with dispatch.observe(events.append):
+            y = block(x)
+        in_forward = len(launched)
+        y.sum().backward()
+    assert (in_forward, len(launched) - in_forward) == LAUNCHES[name]
+    ours = [e for e in events if e.op not in dispatch.COMPOSED]
+    assert {e.backend for e in ours} == {"triton"}
+    assert sum(e.launches for e in ours) == in_forward
+
+
+@on_this_cpu
+def test_explain_counts_launches():
+    model = torch.nn.Sequential(block_pair("SEBasicBlock")[0])
+    with triton_on("cpu"):
+        found = fusedres.explain(model, randn((2, 16, 4, 4)))
+    launches = {r.op: r.launches for r in found.rows if r.backend == "triton"}
+    assert launches["bn_stats"] == 2 and launches["bn_act"] == 1 and launches["bn_se_act"] == 6
+
+
+@on_this_cpu
+@pytest.mark.parametrize("name", ["BasicBlock", "SEBottleneck"])
+def test_a_block_equals_its_eager_twin(name):
+    pair = block_pair(name)
+    with triton_on("cpu"):
+        compare(forward_and_gradients, *pair, randn((3, 16, 4, 4)))
+
+
+def forward_and_gradients(module, x):
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.square().mean().backward()
+    return {"y": y.detach(), "dx": x.grad, **parameter_gradients(module)}
+
+
+# --- in a process of its own: nothing imports Triton that does not run it
+
+LAZY = """
+import sys, torch, fusedres
+block = fusedres.SEBottleneck(16, 4)
+block.train()(torch.randn(2, 16, 5, 5)).sum().backward()
+fusedres.backends()
+assert "triton" not in sys.modules
+try:
+    with fusedres.backend("triton"):
+        block(torch.randn(2, 16, 5, 5))
+except RuntimeError as error:
+    print(error)
+"""
+
+WITHOUT = """
+import importlib.machinery, sys
+
+class Hiding(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] != "triton":
+            return super().find_spec(name, path, target)
+
+finders = [f for f in sys.meta_path if f is not importlib.machinery.PathFinder]
+sys.meta_path[:] = [*finders, Hiding]
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    root = fusedres.__path__[0].removesuffix("fusedres")
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=inherited | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@on_this_cpu
+def test_triton_is_imported_only_to_run_it():
+    assert "set TRITON_INTERPRET=1 before the first import" in run(LAZY)
+
+
+def test_without_triton_everything_runs_and_says_why():
+    told = run(WITHOUT + LAZY, TRITON_INTERPRET="1")
+    assert "backend 'triton' cannot run" in told and "Triton is not installed" in told
+    doctor = "from fusedres.report import doctor; print(*doctor.examine(), sep='\n')"
+    assert re.search("Triton.*not installed", run(WITHOUT + doctor))

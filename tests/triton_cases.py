@@ -1,0 +1,60 @@
+"""What the tests of the Triton kernels share: where they run, and small odd shapes.
+
+Without a GPU they run in Triton's interpreter (conftest.py switches it on), in float32 and float16:
+it computes bfloat16 wrongly. With one they are compiled, and run on it (``pytest -m gpu``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedres
+from fusedres import triton_kernels
+from harness import Tensors
+
+# Cases of cases.SHAPES that the interpreter gets through in a second.
+SMALL = (
+    "odd",
+    "odd_nhwc",
+    "three_channels_nhwc",
+    "one_image",
+    "1x1",
+    "1x1_nhwc",
+    "tail_of_one_nhwc",
+)
+
+gpu = pytest.mark.gpu
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+executions = pytest.mark.parametrize(("device", "dtype"), [
+    ("cpu", torch.float32), ("cpu", torch.float16),
+    pytest.param("cuda", torch.float32, marks=gpu), pytest.param("cuda", torch.bfloat16, marks=gpu),
+    pytest.param("cuda", torch.float16, marks=gpu),
+], ids=lambda v: str(v).removeprefix("torch."))  # fmt: skip
+
+
+@contextlib.contextmanager
+def triton_on(device: str) -> Iterator[None]:
+    """Run ops on Triton; skips the test where the kernels are compiled and it is for the CPU."""
+    if (reason := triton_kernels.missing()) is not None:
+        pytest.skip(reason)
+    if device == "cpu" and not triton_kernels.interpreted():
+        pytest.skip("the kernels are compiled here: see the same test on cuda")
+    with fusedres.backend("triton"):
+        yield
+
+
+def to(device: str, tensors: Tensors) -> Tensors:
+    return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+
+
+@pytest.fixture
+def many_programs(monkeypatch: pytest.MonkeyPatch):
+    """Reducing passes split small tensors as they split large ones: tiles, chunks, then a merge."""
+    launch = pytest.importorskip("triton") and triton_kernels.package().module("launch")
+    monkeypatch.setattr(launch, "TILE_PIXELS", 8)
+    monkeypatch.setattr(launch, "REDUCE_PROGRAMS", 6)
