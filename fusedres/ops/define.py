@@ -46,6 +46,7 @@ class Op:
     dispatched: Callable
     run: Callable
     function: type[torch.autograd.Function] | None
+    traffic: Traffic | None
 
     def __call__(self, *args):
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -119,7 +120,7 @@ def define(
         function = type(
             name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in parts.items()}
         )
-    return Op(getattr(torch.ops.fusedres, name), run, function)
+    return Op(getattr(torch.ops.fusedres, name), run, function, traffic)
 
 
 def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
