@@ -52,6 +52,10 @@ class Hardware:
     bandwidth: float
     flops: float
 
+    def seconds(self, flops: int, moved: int) -> float:
+        """The floor of one kernel."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
 
 H100 = Hardware(3.0e12, 798e12)  # measured copy bandwidth and bfloat16 matmul rate of an H100 SXM
 
@@ -86,7 +90,7 @@ def floor(
     net: Network, structure: str, train: bool, batch: int, dtype: torch.dtype, hardware: Hardware
 ) -> Floor:
     found = kernels(net, structure, train, batch, dtype)
-    seconds = (max(k.flops / hardware.flops, k.bytes / hardware.bandwidth) for k in found)
+    seconds = (hardware.seconds(k.flops, k.bytes) for k in found)
     flops, moved = sum(k.flops for k in found), sum(k.bytes for k in found)
     return Floor(sum(seconds), flops / hardware.flops, moved, flops, len(found))
 

@@ -1,0 +1,107 @@
+"""One run: what it measures of a benchmark, the file it fills, and what it finds there before."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from . import machine, results
+from .cases import report
+from .clock import Clock
+from .measure import FEWEST_ROUNDS, WrongResult, rounds_within
+from .peers import Choice
+from .suites import Spec
+
+__all__ = ["Run", "WrongResult", "measure"]
+WANTED_ROUNDS = 20
+MOST_ROUNDS = 60
+QUIET_CORES = 0.1  # of load by other processes; more than that is told beside the figure
+SAME = ("schema", "commit", "settings")  # what an interrupted run must share to be gone on with
+
+
+class Run:
+    """A result file that grows row by row.
+
+    Args:
+        resume: keep the rows that the file has.
+
+    Raises:
+        ResultError: they are no result, or from another commit or other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict, *, resume: bool):
+        self.path, self.settings = path, settings
+        self.found = {"schema": results.SCHEMA, **machine.describe()}
+        self.found |= {"settings": settings, "rows": []}
+        if resume and path.exists():
+            before = results.load(path)
+            for key in SAME:
+                if before[key] != self.found[key]:
+                    raise results.ResultError(
+                        f"{path}: {key}: {before[key]!r} there, {self.found[key]!r} now"
+                    )
+            self.found["rows"] = [row for row in before["rows"] if row["status"] == "measured"]
+
+    @property
+    def done(self) -> set[str]:
+        return {row["id"] for row in self.found["rows"]}
+
+    def add(self, row: dict) -> None:
+        self.found["rows"].append(row)
+        results.save(self.path, self.found)
+
+    def estimate(self, ids: Iterable[str]) -> float:
+        """Seconds that the benchmarks may take: as recorded last, else as the recorded ones do."""
+        recorded: dict[str, float] = {}
+        for found in results.load_folder().values():
+            if found["machine"]["cpu"] == self.found["machine"]["cpu"]:
+                recorded |= {row["id"]: row["took_seconds"] for row in found["rows"]}
+        typical = 2 * self.settings["seconds"]
+        if recorded:
+            typical = max(typical, statistics.median(recorded.values()))
+        return sum(recorded.get(id, typical) for id in ids)
+
+
+def measure(
+    spec: Spec,
+    chosen: Choice,
+    clocks: Mapping[str, Clock],
+    seconds: float,
+    benchmark,
+    on_round: Callable[[int, int], object] = lambda done, of: None,
+) -> dict:
+    """A benchmark's outcome in JSON's types.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; its rounds are our own calls.
+
+    Raises:
+        WrongResult: our own result is wrong.
+    """
+    gc.collect()
+    case = spec.make(chosen)
+    clock = clocks[case.device.type]
+    race = case.race(clock)  # every result has been checked from here on
+    inspected = {name: seen for name, seen in case.inspect().items() if name in race.competitors}
+    rounds = FEWEST_ROUNDS
+    if not spec.slow:
+        rounds = rounds_within(seconds, race.warm_up(), MOST_ROUNDS)
+        rounds = rounds_within(seconds, race.warm_up(), MOST_ROUNDS) if rounds > 4 else rounds
+    done = iter(range(1, rounds + 1))
+
+    def others_turn() -> None:
+        on_round(next(done), rounds)
+        race.until_ours()
+
+    with machine.OtherLoad() as load:
+        benchmark.pedantic(race.our_turn, setup=others_turn, rounds=rounds)
+        race.finish_round()
+    alone = clock if spec.table and not spec.slow else None
+    found = report(case, race, inspected, convolutions=alone)
+    if rounds < WANTED_ROUNDS:
+        found["notes"].append(f"{rounds} rounds only; a firm figure wants {WANTED_ROUNDS}")
+    if load.cores is not None and load.cores > QUIET_CORES:
+        found["notes"].append(f"other processes kept {load.cores} cores busy meanwhile")
+    return {"status": "measured", **found, "other_load_cores": load.cores}
