@@ -1,8 +1,8 @@
 """Runs the benchmarks of a selection: each case timed with its peers in turns, written at once.
 
-    pytest benchmarks --benchmark-only                    the smoke selection
-    pytest benchmarks --benchmark-only --suite table      the work that goals are set for
-    FULL=1 pytest benchmarks --benchmark-only             everything
+pytest benchmarks --benchmark-only                    the smoke selection
+pytest benchmarks --benchmark-only --suite table      the work that goals are set for
+FULL=1 pytest benchmarks --benchmark-only             everything
 """
 
 from __future__ import annotations

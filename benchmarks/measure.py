@@ -199,6 +199,7 @@ class Race:
     def warm_up(self) -> float:
         """Untimed calls of everybody; returns how long one round takes."""
         start = time.perf_counter()
+        self._refresh(0)
         for name in self.competitors:
             self._time(name)
         return time.perf_counter() - start

@@ -17,7 +17,7 @@ from .suites import Spec
 __all__ = ["Run", "WrongResult", "measure"]
 WANTED_ROUNDS = 20
 MOST_ROUNDS = 60
-QUIET_CORES = 0.1  # of load by other processes; more than that is told beside the figure
+QUIET_CORES = 0.1  # busy with other processes; more than that is told beside the figure
 SAME = ("schema", "commit", "settings")  # what an interrupted run must share to be gone on with
 
 
@@ -101,7 +101,7 @@ def measure(
     alone = clock if spec.table and not spec.slow else None
     found = report(case, race, inspected, convolutions=alone)
     if rounds < WANTED_ROUNDS:
-        found["notes"].append(f"{rounds} rounds only; a firm figure wants {WANTED_ROUNDS}")
+        found["notes"].append(f"fewer rounds than the {WANTED_ROUNDS} that a firm figure wants")
     if load.cores is not None and load.cores > QUIET_CORES:
-        found["notes"].append(f"other processes kept {load.cores} cores busy meanwhile")
+        found["notes"].append("other processes were busy meanwhile: see other_load_cores")
     return {"status": "measured", **found, "other_load_cores": load.cores}

@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,7 +51,7 @@ def openvino(model: nn.Module, x: Tensor) -> Competitor:
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    with torch.no_grad():
+    with torch.no_grad(), _deprecated_exporter():
         converted = openvino.convert_model(plain, example_input=own)
     converted.reshape(list(own.shape))
     compiled = openvino.Core().compile_model(converted, "CPU", settings)
@@ -90,10 +92,17 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Competitor:
 
 
 def _export(model: nn.Module, x: Tensor, path: Path) -> None:
-    with warnings.catch_warnings():
-        # The newer exporter wants two more packages, and writes the same graph of a ResNet.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    # The newer exporter wants two more packages, and writes the same graph of a ResNet.
+    with _deprecated_exporter():
         torch.onnx.export(model, (x,), path, dynamo=False)
+
+
+@contextmanager
+def _deprecated_exporter() -> Iterator[None]:
+    """Both converters go through torch.jit.trace, which torch 2.13 warns about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def _runtime(name: str, call, own: Tensor, x: Tensor, note: str | None) -> Competitor:

@@ -37,7 +37,7 @@ class Progress:
         if capture is not None:
             with capture.global_and_fixture_disabled():
                 stream = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        self._console = _console(stream)
+        self._console = console_for(stream)
         columns = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()
         self._bar = bars.Progress(*columns, bars.TimeElapsedColumn(), console=self._console)
         self._done = 0
@@ -69,7 +69,7 @@ class Progress:
         self._bar.stop()
 
 
-def _console(stream) -> Console:
+def console_for(stream) -> Console:
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH  # a file has no width: rich would fold the table at 80 columns
@@ -78,12 +78,11 @@ def _console(stream) -> Console:
 
 def table(found: dict, stream=None) -> None:
     """Print a result."""
-    console = _console(stream)
+    console = console_for(stream)
     console.print(headline(found))
-    lines = Table(
-        Column("work", no_wrap=True), "median", "of floor", "GB/s", "launches", "kept",
-        "ratio", "halves", "goals", "verdict",
-    )  # fmt: skip
+    names = "median, ms", "of floor", "GB/s", "calls", "kept", "ratio", "halves", "goals"
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    lines = Table(Column("work", overflow="fold"), *columns, "verdict")
     for row in found["rows"]:
         for line in _lines(row):
             lines.add_row(*line)
@@ -163,7 +162,7 @@ def mebibytes(count: int | None) -> str:
 
 def milliseconds(times: dict) -> str:
     spread = (times["q3"] - times["q1"]) / 2
-    return f"{1e3 * times['median']:.2f} ±{1e3 * spread:.2f} ms"
+    return f"{1e3 * times['median']:.2f} ±{1e3 * spread:.2f}"
 
 
 def _without_goal(peer: dict) -> str:

@@ -77,9 +77,7 @@ def ops(
                 for layout in (CHANNELS_LAST, NCHW):
                     for direction in directions:
                         shape = (BATCH, channels, size, size)
-                        make = partial(
-                            _op_case, name, shape, dtype, direction, layout, device
-                        )
+                        make = partial(_op_case, name, shape, dtype, direction, layout, device)
                         whole = direction == "both" and layout == CHANNELS_LAST
                         known = whole and (channels, size) in table and dtype != FP16
                         label = f"{name}-{direction}-{'x'.join(map(str, shape))}-{SHORT[dtype]}"

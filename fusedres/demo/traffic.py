@@ -37,9 +37,14 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         op = func.overloadpacket.__name__
-        if func.namespace in ("aten", "mkldnn") and not func.is_view and not op.startswith(("empty", "new_")):
+        if (
+            func.namespace in ("aten", "mkldnn")
+            and not func.is_view
+            and not op.startswith(("empty", "new_"))
+        ):
             moved = [t for t in tree_leaves((args, kwargs, out)) if self._is_activation(t)]
-            if moved:
+            shapes_only = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(out))
+            if moved and not shapes_only:
                 again = _READ_AGAIN.get(op, 0) * max(_bytes(t) for t in moved)
                 self.add(1, sum(map(_bytes, moved)) + again)
         return out
