@@ -15,6 +15,7 @@ from .machine import Rates
 from .measure import Competitor, Race, Times, Truth
 from .roofline import Hardware
 
+CPU = torch.device("cpu")
 CHANNELS_LAST, NCHW = "channels_last", "NCHW"
 FORMATS = {CHANNELS_LAST: torch.channels_last, NCHW: torch.contiguous_format}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

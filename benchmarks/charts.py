@@ -76,14 +76,11 @@ def speed_up(found: dict) -> Figure | None:
             y += 1
         y += 1
     axes.set_xscale("log")
-    _plain_ticks(
-        axes, [p["ratio"] for row in rows for n, p in row["competitors"].items() if n in names]
-    )
+    peers_of = (row["competitors"][name] for row in rows for name in _present(row, names))
+    _plain_ticks(axes, [peer["ratio"] for peer in peers_of])
     axes.axvline(1, color="black", linewidth=0.8)
     _names(axes, ticks)
-    axes.set_xlabel(
-        "the peer's time over fusedres' (right of 1: fusedres is faster; hatched: a tie)"
-    )
+    axes.set_xlabel("the peer's time over fusedres' (above 1 fusedres is faster; hatched: a tie)")
     axes.set_title("Speed-up over each peer", loc="left")
     _legend(axes, names)
     return figure

@@ -84,8 +84,8 @@ class Costs:
         return _kernel("bn_stats", bn_act.stats_op, (self.tensor(y),))
 
     def tail(
-        self, y: Shape, squeeze: int = 0, *, residual: bool, act: str = "relu",
-        batch_stats: bool = True, stats_given: bool = False, mask: bool = False, eager: bool = False,
+        self, y: Shape, squeeze: int = 0, *, residual: bool, act: str = "relu", mask: bool = False,
+        batch_stats: bool = True, stats_given: bool = False, eager: bool = False,
     ) -> Kernel:  # fmt: skip
         """Batch norm, squeeze-excite if ``squeeze``, addition and activation, forward."""
         x, other = self.tensor(y), self.tensor(y) if residual else None

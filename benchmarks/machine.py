@@ -118,16 +118,14 @@ def measure_rates(device: torch.device) -> Rates:
         return min(clock.seconds_at_once(call) for _ in range(REPEATS))
 
     size = COPY_BYTES * (4 if device.type == "cuda" else 1)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * size / best(lambda: target.copy_(source))
-    del source, target
     matmul = {}
     for dtype in _fast_dtypes(device):
         n = MATMUL_SIZE * (4 if device.type == "cuda" else 1)
         a = torch.randn(n, n, dtype=dtype, device=device)
         matmul[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(lambda a=a: a @ a)
-    return Rates(bandwidth, matmul)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return Rates(2 * size / best(lambda: target.copy_(source)), matmul)
 
 
 def _fast_dtypes(device: torch.device) -> list[torch.dtype]:

@@ -33,13 +33,13 @@ class Truth:
 
     Args:
         ref: each named result in float64.
-        eager: the same from PyTorch in the tested dtype.
+        eager: the same from PyTorch in the tested dtype; or several, equally valid.
         gradients: names of results that are gradients.
         counts: for results that are sums: of how many elements.
     """
 
     ref: Mapping[str, Tensor]
-    eager: Mapping[str, Tensor]
+    eager: Mapping[str, Tensor | Sequence[Tensor]]
     gradients: frozenset[str] = frozenset()
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -110,11 +110,16 @@ class Ratio:
 
     @property
     def tie(self) -> bool:
-        """Whether the halves differ by more than the gain (or loss) that the whole claims."""
+        """Whether the halves differ by more than the gain (or loss) that the whole claims.
+
+        Also where a half claims the contrary of the whole.
+        """
         if self.halves is None:
             return True
         first, second = self.halves
-        return abs(first - second) > abs(self.value - 1)
+        gain = self.value - 1
+        contrary = any((half - 1) * gain < 0 for half in self.halves)
+        return contrary or abs(first - second) > abs(gain)
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedres import functional, reference
 
 from . import cuda_peers, plain
-from .cases import CHANNELS_LAST, SHORT, Case, activation, redraw
+from .cases import CHANNELS_LAST, CPU, SHORT, Case, activation, redraw
 from .floors import ops_floor
 from .measure import Truth
 from .peers import (
@@ -65,7 +65,7 @@ def case(
     dtype: torch.dtype,
     direction: str = "both",
     layout: str = CHANNELS_LAST,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     chosen: Choice = ALL,
 ) -> Case:
     """``op`` on one shape, against PyTorch.
