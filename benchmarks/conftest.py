@@ -51,6 +51,8 @@ def _seconds(text: str) -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # OpenVINO, onnx and inductor still use it.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
     # Live progress stands in for pytest's own: one line a benchmark, rewritten.
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:

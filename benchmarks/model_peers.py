@@ -46,8 +46,10 @@ def _with_copy(found: Competitor, own: Tensor, x: Tensor) -> Competitor:
     return Competitor(found.name, found.call, found.results, prepare, found.note, found.inspect)
 
 
-def compiled_inference(name: str, model: nn.Module, x: Tensor, mode: str | None) -> Competitor:
-    run = compiled(model, x.device, mode)
+def compiled_inference(
+    name: str, model: nn.Module, x: Tensor, mode: str | None, **how
+) -> Competitor:
+    run = compiled(model, x.device, mode, **how)
 
     def call() -> Tensor:
         with torch.no_grad():
@@ -61,12 +63,12 @@ def frozen_inference(model: nn.Module, x: Tensor) -> Competitor:
     """Weights become constants: batch norm is folded and oneDNN's weights are prepacked."""
     from torch._inductor import config
 
-    found = compiled_inference(FREEZING, model, x, None)
+    # As an option alone freezing is silently not applied (torch 2.13); without the option this
+    # would run the code that torch.compile made of the same class before.
+    found = compiled_inference(FREEZING, model, x, None, options={"freezing": True})
 
     def results() -> dict[str, Tensor]:
-        # The first call compiles. Given to torch.compile as an option, freezing is silently not
-        # applied (torch 2.13).
-        with config.patch(freezing=True):
+        with config.patch(freezing=True):  # the first call compiles
             return {"y": found.call()}
 
     return Competitor(FREEZING, found.call, results, inspect=found.inspect)

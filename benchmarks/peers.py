@@ -100,10 +100,14 @@ def needs_compiler(device: torch.device) -> None:
         raise Unavailable(f"no C++ compiler ({', '.join(compilers)})")
 
 
-def compiled(function: Callable, device: torch.device, mode: str | None = None) -> Callable:
-    """CUDA graphs, where they are used, are this harness's own, for every competitor alike."""
+def compiled(function: Callable, device: torch.device, mode: str | None = None, **how) -> Callable:
+    """``torch.compile`` of a function or module.
+
+    CUDA graphs, where they are used, are this harness's own, for every competitor alike. Two
+    compilations of one class that ask for the same would share their code.
+    """
     needs_compiler(device)
-    return torch.compile(function, mode=mode)
+    return torch.compile(function, mode=mode, **how)
 
 
 AUTOTUNE_MODE = "max-autotune-no-cudagraphs"
