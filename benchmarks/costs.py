@@ -35,7 +35,8 @@ class Costs:
         self.batch, self.dtype = batch, dtype
 
     def tensor(self, shape: Shape) -> Tensor:
-        return torch.empty((self.batch, *shape), dtype=self.dtype, device="meta")
+        made = torch.empty((self.batch, *shape), dtype=self.dtype, device="meta")
+        return made.to(memory_format=torch.channels_last)
 
     def bytes(self, shape: Shape) -> int:
         """One activation, read or written once."""

@@ -124,7 +124,7 @@ def training(
     name: str, module: nn.Module, x: Tensor, dtype: torch.dtype, run: Callable | None = None
 ) -> Competitor:
     """Args: run: executes the module; the module itself if None, else it counts as compiled."""
-    step = TrainingStep(module, run or module, x, dtype)
+    step = TrainingStep(module, module if run is None else run, x, dtype)
     known = [*module.parameters(), *module.buffers(), x]
     look = partial(
         inspect, step, x.shape[0], x.device, exclude=known, saves=True, compiled=run is not None

@@ -129,9 +129,10 @@ def _without_running(tensors: Tensors, op: Op) -> Tensors:
 def _truth(op: Op, tensors: Tensors, dy: Tensor | None, dtype: torch.dtype) -> Truth:
     tensors = _without_running(tensors, op)
     exact = {k: t.detach().double().requires_grad_(t.requires_grad) for k, t in tensors.items()}
-    run = partial(op_call, direction="both", dtype=torch.float32)
-    ref = run("ref", op.reference, exact, dy=None if dy is None else dy.double()).results()
-    own = run("own", op.reference, tensors, dy=dy).results()
+    run = partial(op_call, function=op.reference, direction="both")
+    exact_dy = None if dy is None else dy.double()
+    ref = run("ref", tensors=exact, dy=exact_dy, dtype=torch.float32).results()
+    own = run("own", tensors=tensors, dy=dy, dtype=dtype).results()
     layer = {id(t) for t in parameters(tensors)}
     sums = {}
     if dy is not None:

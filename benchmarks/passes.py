@@ -143,7 +143,7 @@ def _steps_training(c: Costs, net: Network) -> Kernels:
     for block in net.blocks:
         for conv in block.all_convs():
             found += [*start(conv), c.dgrad(conv), c.wgrad(conv)]
-            if conv in block.convs[1:]:  # batch norm and ReLU of the convolution before
+            if any(conv is later for later in block.convs[1:]):  # norm and ReLU before it
                 again = c.tail_backward(conv.x, mask=False, dresidual=False)
                 found += [prologue(conv), prologue(conv), again]
         if block.shortcut is not None:

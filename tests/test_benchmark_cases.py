@@ -231,7 +231,7 @@ def test_floors_of_known_networks(name, train, milliseconds):
     for structure, wanted in milliseconds.items():
         net = networks.network(name)
         found = roofline.floor(net, structure, train, 256, torch.bfloat16, roofline.H100)
-        assert wanted <= 1e3 * found.seconds <= 1.035 * wanted, structure
+        assert 0.995 * wanted <= 1e3 * found.seconds <= 1.035 * wanted, structure
 
 
 def test_fewer_passes_have_a_lower_floor():
