@@ -75,7 +75,6 @@ def speed_up(found: dict) -> Figure | None:
             )  # fmt: skip
             y += 1
         y += 1
-    axes.set_xscale("log")
     peers_of = (row["competitors"][name] for row in rows for name in _present(row, names))
     _plain_ticks(axes, [peer["ratio"] for peer in peers_of])
     axes.axvline(1, color="black", linewidth=0.8)
@@ -145,7 +144,8 @@ def history(runs: Sequence[dict]) -> Figure | None:
         xs = [order.index(when) for when, _ in points]
         axes.plot(xs, [value for _, value in points], marker="o", markersize=3, label=name)
     axes.set_xticks(range(len(order)), [f"{commits[w]}\n{w:%Y-%m-%d}" for w in order], fontsize=7)
-    axes.set_yscale("log")
+    ratios = [value for points in lines.values() for _, value in points]
+    _plain_ticks(axes, ratios, "y")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("eager's time over fusedres'")
     axes.set_title("History: the ratio to eager channels_last, by commit", loc="left")
@@ -209,13 +209,17 @@ def _names(axes, ticks: list[tuple[float, str]]) -> None:
     axes.invert_yaxis()
 
 
-def _plain_ticks(axes, ratios: list[float]) -> None:
-    steps = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+def _plain_ticks(axes, ratios: list[float], which: str = "x") -> None:
+    """A logarithmic axis of ratios with ticks that read as such."""
     low, high = min(*ratios, 0.8) / 1.15, max(*ratios, 1.2) * 1.25
+    steps = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+    if high / low < 3:
+        steps = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)
     shown = [s for s in steps if low <= s <= high]
-    axes.set_xlim(low, high)
-    axes.set_xticks(shown, [f"{s:g}x" for s in shown])
-    axes.set_xticks([], minor=True)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_ticks(shown, [f"{s:g}x" for s in shown], fontsize=8)
+    axis.set_ticks([], minor=True)
 
 
 def _legend(axes, names: list[str]) -> None:
