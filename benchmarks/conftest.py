@@ -81,6 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except results.ResultError as error:
         raise pytest.UsageError(f"--resume: {error}") from None
     left = [item for item in wanted if _spec(item).id not in the_run.done]
+    left.sort(key=lambda item: _spec(item).slow)  # an interrupt loses the least
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left
     terminal = config.pluginmanager.get_plugin("capturemanager")
