@@ -2,7 +2,7 @@
 
     python -m benchmarks.report                                   all of benchmarks/results/
     python -m benchmarks.report build/benchmarks.json             other files
-    python -m benchmarks.report --charts benchmarks/results/charts     the charts of the README
+    python -m benchmarks.report --publish benchmarks/results      README.md and charts/ there
 
 The newest result is the one shown; older ones of the same machine make the history.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from . import charts, page, results, roofline, show
-from .goals import outcomes
+from . import charts, markdown, page, results, roofline, show
 from .networks import network
 from .peers import OURS
 from .roofline import Hardware
 
 DPI = 110
+CHARTS = "charts"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,13 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {name: draw(latest) for name, draw in charts.CHARTS.items()}
     figures["history"] = charts.history([run for run in runs if _same_machine(run, latest)])
     images = {name: _png(figure) for name, figure in figures.items() if figure is not None}
-    if args.charts is not None:
-        args.charts.mkdir(parents=True, exist_ok=True)
-        for name, data in images.items():
-            (args.charts / f"{name}.png").write_bytes(data)
+    if args.publish is not None:
+        _publish(args.publish, latest, images)
     args.html.parent.mkdir(parents=True, exist_ok=True)
     args.html.write_text(html(latest, images))
-    print(f"written to {args.html}" + (f" and {args.charts}/" if args.charts else ""))
+    print(f"written to {args.html}" + (f" and {args.publish}/" if args.publish else ""))
     return 0
 
 
@@ -55,7 +53,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("files", nargs="*", type=Path, help="results (all of benchmarks/results/)")
     parser.add_argument("--html", type=Path, default=Path("build/benchmarks.html"))
-    parser.add_argument("--charts", type=Path, help="folder for PNG files (none are written)")
+    parser.add_argument("--publish", type=Path, help="folder for README.md and charts/ (none)")
     return parser.parse_args(argv)
 
 
@@ -73,6 +71,13 @@ def _same_machine(a: dict, b: dict) -> bool:
         return run["machine"]["cpu"], run["machine"]["isa"], run["machine"]["threads"], gpu
 
     return identity(a) == identity(b)
+
+
+def _publish(folder: Path, found: dict, images: dict[str, bytes]) -> None:
+    (folder / CHARTS).mkdir(parents=True, exist_ok=True)
+    for name, data in images.items():
+        (folder / CHARTS / f"{name}.png").write_bytes(data)
+    (folder / "README.md").write_text(markdown.page(found, images, CHARTS))
 
 
 def _png(figure) -> bytes:
@@ -97,14 +102,14 @@ def html(found: dict, images: dict[str, bytes]) -> str:
             f'<figure id="{name}"><img alt="{title}" src="data:image/png;base64,{source}"></figure>'
         )
     sections += [
-        _table("Goals", ("work", "peer", "least", "aim", "measured", "verdict"), _goals(found)),
+        _table("Goals", markdown.GOALS, markdown.goals(found)),
         _table("Figures", _COLUMNS, _figures(found)),
         _table(
             "What the passes allow on this machine: floors in ms, CPU",
             ("network", *dict.fromkeys((*roofline.INFERENCE, *roofline.TRAINING))),
             _floors(found),
         ),
-        _table("Not timed", ("peer", "reason", "work"), _absent(found)),
+        _table("Not timed", ("peer", "reason", "work"), markdown.absent(found)),
     ]
     return page.TEMPLATE.replace("{{body}}", "\n".join(sections))
 
@@ -118,17 +123,6 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
         f"<section><h2>{escape(title)}</h2><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></section>"
     )
-
-
-def _goals(found: dict) -> Iterable[tuple[str, ...]]:
-    for row in found["rows"]:
-        for outcome in outcomes(row):
-            goal = outcome.goal
-            form = "-{:.0%}" if goal.memory else "{:.2f}x"
-            values = (goal.at_least, goal.aim, outcome.value)
-            cells = ("" if v is None else form.format(v) for v in values)
-            what = f"{row['id']}, memory kept" if goal.memory else row["id"]
-            yield what, goal.peer, *cells, outcome.verdict
 
 
 _COLUMNS = (
@@ -169,12 +163,6 @@ def _floors(found: dict) -> Iterable[tuple[str, ...]]:
                 cells[s] = f"{1e3 * least.seconds:.0f}"
             mode = "training" if train else "inference"
             yield f"{name} {mode}, batch 8, fp32", *cells.values()
-
-
-def _absent(found: dict) -> Iterable[tuple[str, str, str]]:
-    for kind in ("missing", "refused"):
-        for name, reason, rows in show.absent(found, kind):
-            yield name, f"{kind}: {reason}", rows
 
 
 if __name__ == "__main__":

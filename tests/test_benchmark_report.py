@@ -53,9 +53,9 @@ def made(tmp_path_factory):
         _write(folder / "a.json", _recorded()),
         _write(folder / "c.json", elsewhere),
     ]
-    page, images = folder / "out" / "page.html", folder / "charts"
-    assert report.main([*runs, "--html", str(page), "--charts", str(images)]) == 0
-    return page, images
+    page, published = folder / "out" / "page.html", folder / "published"
+    assert report.main([*runs, "--html", str(page), "--publish", str(published)]) == 0
+    return page, published / "charts"
 
 
 def test_page_holds_everything_and_refers_to_nothing(made):
@@ -79,10 +79,27 @@ def test_page_holds_everything_and_refers_to_nothing(made):
 def test_the_same_result_gives_the_same_charts(made, tmp_path):
     page, images = made
     runs = [str(page.parents[1] / f"{name}.json") for name in "abc"]
-    again = ["--html", str(tmp_path / "p.html"), "--charts", str(tmp_path)]
+    again = ["--html", str(tmp_path / "p.html"), "--publish", str(tmp_path)]
     assert report.main([*runs, *again]) == 0
-    for chart in CHARTS:
-        assert (tmp_path / f"{chart}.png").read_bytes() == (images / f"{chart}.png").read_bytes()
+    for chart in images.iterdir():
+        assert (tmp_path / "charts" / chart.name).read_bytes() == chart.read_bytes()
+
+
+def test_published_tables(made):
+    text = (made[1].parent / "README.md").read_text()
+    assert {f"![{c.replace('_', ' ')}](charts/{c}.png)" for c in CHARTS} <= set(text.splitlines())
+    assert "a CPU, AVX2, 2 threads" in text
+    times = (
+        "| resnet50-training-b8-fp32 | 1000 | 1400 (1.40x) | 1050 (1.05x ~) "
+        "| 900 (0.90x) |  | 0.0 |"
+    )
+    assert times in text.splitlines()
+    goal = (
+        "| resnet50-training-b8-fp32 | eager channels_last | 1.05x | 1.25x | 1.40x | aim reached |"
+    )
+    assert goal in text.splitlines()
+    assert "| resnet50-training-b8-fp32 | 60 | 100 (-40%) |" in text.splitlines()
+    assert "| apex | missing: not installed | resnet50-training-b8-fp32 |" in text.splitlines()
 
 
 def test_a_result_without_data_has_no_chart(tmp_path):
