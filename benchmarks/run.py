@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from .suites import Spec
 
 __all__ = ["Run", "WrongResult", "measure"]
 WANTED_ROUNDS = 20
+CHECK_SECONDS = 30  # a guess at checking and compiling, for a benchmark that nobody has run here
 MOST_ROUNDS = 60
 QUIET_CORES = 0.1  # busy with other processes; more than that is told beside the figure
 SAME = ("schema", "commit", "settings")  # what an interrupted run must share to be gone on with
@@ -53,15 +53,13 @@ class Run:
         results.save(self.path, self.found)
 
     def estimate(self, ids: Iterable[str]) -> float:
-        """Seconds that the benchmarks may take: as recorded last, else as the recorded ones do."""
+        """Seconds that the benchmarks may take: as recorded last on this CPU, else a guess."""
         recorded: dict[str, float] = {}
         for found in results.load_folder().values():
             if found["machine"]["cpu"] == self.found["machine"]["cpu"]:
                 recorded |= {row["id"]: row["took_seconds"] for row in found["rows"]}
-        typical = 2 * self.settings["seconds"]
-        if recorded:
-            typical = max(typical, statistics.median(recorded.values()))
-        return sum(recorded.get(id, typical) for id in ids)
+        guess = self.settings["seconds"] + CHECK_SECONDS
+        return sum(recorded.get(id, guess) for id in ids)
 
 
 def measure(
