@@ -58,7 +58,7 @@ class Run:
         for found in results.load_folder().values():
             if found["machine"]["cpu"] == self.found["machine"]["cpu"]:
                 recorded |= {row["id"]: row["took_seconds"] for row in found["rows"]}
-        guess = self.settings["seconds"] + CHECK_SECONDS
+        guess = 3 * self.settings["seconds"] + CHECK_SECONDS
         return sum(recorded.get(id, guess) for id in ids)
 
 
@@ -73,6 +73,7 @@ def measure(
     """A benchmark's outcome in JSON's types.
 
     Args:
+        seconds: of timing each competitor.
         benchmark: pytest-benchmark's fixture; its rounds are our own calls.
 
     Raises:
@@ -85,6 +86,7 @@ def measure(
     inspected = {name: seen for name, seen in case.inspect().items() if name in race.competitors}
     rounds = FEWEST_ROUNDS
     if not spec.slow:
+        seconds *= len(race.competitors)
         rounds = rounds_within(seconds, race.warm_up(), MOST_ROUNDS)
         rounds = rounds_within(seconds, race.warm_up(), MOST_ROUNDS) if rounds > 4 else rounds
     done = iter(range(1, rounds + 1))
