@@ -241,8 +241,10 @@ def _bench(*arguments, **kwargs):
 
 def test_an_interrupted_run_resumes(tmp_path):
     path = tmp_path / "run.json"
-    wanted = ["-k", "bn_act+residual-both-8x64x56x56-fp32 or resnet18-training-b2-fp32"]
-    arguments = [*wanted, "--peers", EAGER, "--results", str(path)]
+    names = [
+        f"{op}+residual-both-8x{n}x56x56-fp32" for op, n in (("bn_act", 64), ("bn_se_act", 256))
+    ]
+    arguments = ["-k", " or ".join(names), "--peers", EAGER, "--results", str(path)]
     process = _bench(*arguments)
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -252,15 +254,15 @@ def test_an_interrupted_run_resumes(tmp_path):
     assert path.exists(), printed
     assert process.returncode == pytest.ExitCode.INTERRUPTED, printed
     first = results.load(path)["rows"]
-    assert [r["id"] for r in first] == ["bn_act+residual-both-8x64x56x56-fp32"]
+    assert [r["id"] for r in first] == names[:1]
     again = _bench(*arguments, "--resume")
     printed = again.communicate(timeout=240)[0]
     assert again.returncode == 0, printed
     found = results.load(path)["rows"]
     assert found[0] == first[0]
-    assert [r["id"] for r in found[1:]] == ["resnet18-training-b2-fp32"]
-    assert "1 benchmarks, 1 measured before; about 0:00:0" in printed
-    assert "[1/1] resnet18-training-b2-fp32 took" in printed
+    assert [r["id"] for r in found[1:]] == names[1:]
+    assert "1 benchmarks, 1 measured before; about 0:00:" in printed
+    assert f"[1/1] {names[1]} took" in printed
     assert "fusedres and its peers, in turns" in printed
 
 
