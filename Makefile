@@ -65,7 +65,7 @@ format: $(LINT_READY) ## rewrite the sources in the house style
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
 
-bench: build $(BENCH_READY) ## run the benchmarks
+bench: build $(BENCH_READY) ## run a few minutes of benchmarks; FULL=1: all of them, for hours
 	$(PY) -m fusedres bench $(ARGS)
 
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++

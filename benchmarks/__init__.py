@@ -1,5 +1,7 @@
 """Benchmarks: every figure from one process, competitors taking turns, results checked first.
 
-``pytest benchmarks --benchmark-only`` runs a small selection of every suite, with FULL=1 all of it.
-``python -m benchmarks.run_table`` measures the table of goals and writes JSON.
+``pytest benchmarks --benchmark-only`` (or ``python -m fusedres bench``) runs the smoke selection,
+``--suite table`` the work that goals are set for, ``--suite full`` everything. Results are JSON:
+``python -m benchmarks.report`` shows them, ``python -m benchmarks.compare`` compares two of them,
+``python -m benchmarks.roofline`` says what the passes over memory allow.
 """

@@ -1,31 +1,24 @@
 """Single residual blocks with the identity as shortcut: training step and inference."""
 
-import pytest
-import torch
+from .suites import blocks, params
 
-from .model_cases import block, inference_case, training_case
-from .selection import full, label, select
-
-# name, input channels, planes, batch, size
-BLOCKS = select(
-    [("BasicBlock", 64, 64, 8, 56), ("SEBottleneck", 256, 64, 8, 56)],
-    [
-        ("Bottleneck", 256, 64, 8, 56),
-        ("SEBasicBlock", 64, 64, 8, 56),
-        ("Bottleneck", 1024, 256, 8, 14),
-        ("SEBottleneck", 1024, 256, 8, 14),
-    ],
+# name, input channels, planes, size
+BLOCKS = (
+    ("BasicBlock", 64, 64, 56),
+    ("BasicBlock", 256, 256, 14),
+    ("Bottleneck", 256, 64, 56),
+    ("Bottleneck", 1024, 256, 14),
+    ("SEBasicBlock", 64, 64, 56),
+    ("SEBottleneck", 256, 64, 56),
+    ("SEBottleneck", 1024, 256, 14),
 )
-DTYPES = select([torch.float32], [torch.bfloat16])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", BLOCKS, ids=label)
-def test_block_training(race, spec, dtype):
-    race(training_case(block(*spec), dtype, compiled=full()))
+@params(blocks(BLOCKS, "training", smoke=("SEBottleneck-training-8x256x56x56-fp32",)))
+def test_block_training(race, spec):
+    race(spec)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", BLOCKS, ids=label)
-def test_block_inference(race, spec, dtype):
-    race(inference_case(block(*spec), dtype, compiled=full()))
+@params(blocks(BLOCKS, "inference", smoke=("BasicBlock-inference-8x64x56x56-fp32",)))
+def test_block_inference(race, spec):
+    race(spec)

@@ -1,16 +1,8 @@
 """``bn_se_act``: batch norm, squeeze-excite, residual add and ReLU."""
 
-import pytest
-import torch
-
-from .op_cases import OPS, case
-from .selection import full, select
-
-SHAPES = select([(8, 256, 56, 56)], [(8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)])
+from .suites import block_sizes, ops, params
 
 
-@pytest.mark.parametrize("direction", select(["both"], ["forward", "backward"]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bn_se_act(race, shape, dtype, direction):
-    race(case(OPS["bn_se_act + residual"], shape, dtype, direction, compiled=full()))
+@params(ops("bn_se_act+residual", block_sizes("se_resnet50"), table=((256, 56), (1024, 14))))
+def test_bn_se_act(race, spec):
+    race(spec)

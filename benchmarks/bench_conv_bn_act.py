@@ -1,29 +1,19 @@
-"""``conv_bn_act`` in inference, on ResNet-50's shapes. Here torch.compile does not freeze."""
+"""``conv_bn_act`` in inference, on the convolutions of the networks."""
 
-import pytest
-import torch
+from .networks import network
+from .suites import SHAPES_OF, convolutions, params
 
-from .conv_cases import conv_case
-from .selection import full, label, select
-
-# name, input, output channels, kernel, stride
-CASES = select(
-    [
-        ("conv_bn_act", (8, 64, 56, 56), 64, 3, 1),
-        ("conv_bn_act + residual", (8, 64, 56, 56), 256, 1, 1),
-    ],
-    [
-        ("conv_bn_act", (8, 3, 224, 224), 64, 7, 2),
-        ("conv_bn_act", (8, 256, 56, 56), 64, 1, 1),
-        ("conv_bn_act", (8, 128, 56, 56), 128, 3, 2),
-        ("conv_bn_act + residual", (8, 256, 14, 14), 1024, 1, 1),
-        ("conv_bn_act", (8, 512, 7, 7), 512, 3, 1),
-    ],
-)
+NETS = [network(name) for name in SHAPES_OF]
+FIRST = network("resnet50").blocks[1]
+INNER = [conv for net in NETS for conv in net.convs()]
+LAST = [block.convs[-1] for net in NETS for block in net.blocks if not block.squeeze]
 
 
-@pytest.mark.parametrize("dtype", select([torch.float32], [torch.bfloat16]))
-@pytest.mark.parametrize("spec", CASES, ids=label)
-def test_conv_bn_act(race, spec, dtype):
-    name, shape, out, kernel, stride = spec
-    race(conv_case(name, shape, out, kernel, dtype, stride, compiled=full()))
+@params(convolutions("conv_bn_act", INNER, ("inference",), smoke=FIRST.convs[1:2]))
+def test_conv_bn_act(race, spec):
+    race(spec)
+
+
+@params(convolutions("conv_bn_act+residual", LAST, ("inference",), smoke=FIRST.convs[2:]))
+def test_conv_bn_act_residual(race, spec):
+    race(spec)

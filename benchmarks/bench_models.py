@@ -1,26 +1,21 @@
-"""Whole networks. FULL=1 adds every row of the table of goals (``benchmarks.table``)."""
+"""Whole networks: inference, the latency of one image among it, and training steps."""
 
-import pytest
-import torch
+from .suites import models, params
 
-from .model_cases import inference_case, network, training_case
-from .selection import full, select
-from .table import ROWS, Scale
-
-SIZE = 224
-INFERENCE = select([("resnet18", 2)], [("resnet50", 1), ("resnet18", 8)])
-TABLE = [row for row in ROWS if row.case is not None]
-
-
-@pytest.mark.parametrize("name, batch", INFERENCE)
-def test_inference(race, name, batch):
-    race(inference_case(network(name, batch, SIZE), torch.float32))
+INFERENCE = (
+    ("resnet18", 1), ("resnet18", 8), ("resnet50", 1), ("resnet50", 8),
+    ("se_resnet18", 8), ("se_resnet50", 1), ("se_resnet50", 8),
+)  # fmt: skip
+TRAINING = (("resnet18", 16), ("resnet50", 8), ("se_resnet18", 16), ("se_resnet50", 8))
+TABLE_INFERENCE = INFERENCE[:4]
+TABLE_TRAINING = (("resnet18", 16), ("resnet50", 8), ("se_resnet50", 8))
 
 
-def test_training(race):
-    race(training_case(network("resnet18", 2, SIZE), torch.float32, compiled=full()))
+@params(models("inference", INFERENCE, smoke=(("resnet18", 1),), table=TABLE_INFERENCE))
+def test_inference(race, spec):
+    race(spec)
 
 
-@pytest.mark.parametrize("row", select([], TABLE), ids=lambda row: row.id)
-def test_table(race, row):
-    race(row.case(Scale()))
+@params(models("training", (("resnet18", 2), *TRAINING), (("resnet18", 2),), TABLE_TRAINING))
+def test_training(race, spec):
+    race(spec)

@@ -1,17 +1,15 @@
 """``residual_mix``: stochastic depth with ReLU, and a highway network's gate."""
 
-import pytest
-import torch
+from .suites import block_sizes, ops, params
 
-from .op_cases import OPS, case
-from .selection import full, select
-
-SHAPES = select([(8, 256, 56, 56)], [(8, 512, 28, 28)])
+SIZES = block_sizes("resnet50")
 
 
-@pytest.mark.parametrize("direction", select(["both"], ["forward", "backward"]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("op", ["residual_mix, stochastic depth", "residual_mix, highway"])
-def test_residual_mix(race, op, shape, dtype, direction):
-    race(case(OPS[op], shape, dtype, direction, compiled=full()))
+@params(ops("stochastic_depth", SIZES))
+def test_stochastic_depth(race, spec):
+    race(spec)
+
+
+@params(ops("highway", SIZES))
+def test_highway(race, spec):
+    race(spec)

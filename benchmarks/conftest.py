@@ -1,74 +1,157 @@
-"""What every benchmark runs under, and the fixture that times a case and its peers in turns."""
+"""Runs the benchmarks of a selection: each case timed with its peers in turns, written at once.
+
+pytest benchmarks --benchmark-only                    the smoke selection
+pytest benchmarks --benchmark-only --suite table      the work that goals are set for
+FULL=1 pytest benchmarks --benchmark-only             everything
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from . import machine
-from .cases import Case, report
-from .measure import rounds_within
-from .selection import full
+from . import machine, results, run, show
+from .clock import Clock
+from .inspection import NOTE as MEMORY_NOTE
+from .peers import Choice
+from .suites import SELECTIONS, Spec
 
-FEWEST_ROUNDS, MOST_ROUNDS = 4, 60
-OUTCOMES = pytest.StashKey[list[dict]]()
+DEFAULT_SECONDS = {"smoke": 0.7, "table": 10.0, "full": 10.0}
+# Compiling takes longer than everything else in a smoke run together.
+DEFAULT_PEERS = {"smoke": "eager*,OpenVINO,onnxruntime,TensorRT,cuDNN*,apex"}
+RUN = pytest.StashKey[run.Run]()
+PROGRESS = pytest.StashKey[show.Progress]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fusedres benchmarks")
+    full = os.environ.get("FULL", "0") not in ("", "0")
+    add = group.addoption
+    add("--suite", choices=SELECTIONS, default="full" if full else "smoke",
+        help="which benchmarks: smoke (minutes), table (what goals are set for), full; FULL=1"
+        " makes full the default")  # fmt: skip
+    add("--peers", help="patterns of peers to compare with, by commas, as 'eager*,OpenVINO'")
+    add("--seconds", type=_seconds, help="of timing each competitor of a benchmark")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch (all cores)")
+    add("--results", type=Path, default=Path("build/benchmarks.json"), help="file to write")
+    add("--resume", action="store_true",
+        help="keep what --results holds from the same commit and settings")  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError
+    return value
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES] = []
+    # OpenVINO, onnx and inductor still use it.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+    # Live progress stands in for pytest's own: one line a benchmark, rewritten.
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.showfspath = False
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads():
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    options = config.option
+    wanted = [item for item in items if _spec(item).selected(options.suite)]
+    if options.collectonly:
+        items[:] = wanted
+        return
+    torch.set_num_threads(options.threads)
+    settings = {
+        "suite": options.suite,
+        "seconds": options.seconds or DEFAULT_SECONDS[options.suite],
+        "peers": options.peers or DEFAULT_PEERS.get(options.suite, "*"),
+        "units": "seconds and bytes; a ratio is the peer's time over ours, of the medians",
+        "halves": "the same ratio of the first and of the second half of the rounds",
+        "tie": "the halves differ by more than the ratio differs from 1",
+        "memory": MEMORY_NOTE,
+    }
+    try:
+        config.stash[RUN] = the_run = run.Run(options.results, settings, resume=options.resume)
+    except results.ResultError as error:
+        raise pytest.UsageError(f"--resume: {error}") from None
+    left = [item for item in wanted if _spec(item).id not in the_run.done]
+    left.sort(key=lambda item: _spec(item).slow)  # an interrupt loses the least
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+    terminal = config.pluginmanager.get_plugin("capturemanager")
+    specs = [_spec(item) for item in left]
+    estimate = the_run.estimate([spec.id for spec in specs])
+    config.stash[PROGRESS] = progress = show.Progress(len(left), estimate, terminal)
+    progress.begin(skipped=len(wanted) - len(left))
+
+
+def _spec(item: pytest.Item) -> Spec:
+    return item.callspec.params["spec"]
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    return ("passed", "", "") if report.when == "call" and report.passed else None
 
 
 @pytest.fixture(scope="session")
-def flush():
-    return machine.CacheFlush()
+def clocks() -> dict[str, Clock]:
+    return {device.type: Clock(device) for device in machine.devices()}
 
 
 @pytest.fixture
-def race(benchmark, flush, request):
-    """Times a case: our own calls are pytest-benchmark's rounds, the peers' turns lie between them.
+def race(benchmark, clocks, request):
+    """Times a benchmark: our own calls are pytest-benchmark's rounds, the peers' lie between them.
 
     pytest-benchmark's columns also hold the freeing of the result; ours, in ``extra_info``, do not.
-    The ratios, GB/s, share of the copy bandwidth and memory go to ``extra_info``. The rounds fill
-    two seconds a case, thirty with FULL=1.
     """
+    config = request.config
+    the_run, progress = config.stash[RUN], config.stash[PROGRESS]
 
-    def run(case: Case) -> None:
-        race = case.race(flush)
-        seconds = 30 if full() else 2
-        rounds = rounds_within(seconds, race.warm_up(2), FEWEST_ROUNDS, MOST_ROUNDS)
-        benchmark.pedantic(race.our_turn, setup=race.until_ours, rounds=rounds)
-        race.finish_round()
-        found = report(case, race, floor=full(), memory=True)
-        found["copy_bandwidth"] = machine.rates().copy_bandwidth
-        benchmark.extra_info.update(found)
-        request.config.stash[OUTCOMES].append(found)
-        torch.compiler.reset()
+    def measure(spec: Spec) -> None:
+        progress.start(spec.id)
+        chosen = Choice(the_run.settings["peers"].split(","))
+        started = time.perf_counter()
+        suite = Path(str(request.node.path)).stem.removeprefix("bench_")
+        head = {"id": spec.id, "suite": suite}
+        try:
+            body = run.measure(
+                spec, chosen, clocks, the_run.settings["seconds"], benchmark, progress.rounds
+            )
+        except run.WrongResult as error:
+            body = {"status": "wrong", "reason": str(error)}
+        took = round(time.perf_counter() - started, 1)
+        the_run.add(head | body | {"took_seconds": took})
+        progress.done()
+        if body["status"] == "wrong":
+            pytest.fail(body["reason"], pytrace=False)
+        benchmark.extra_info.update({k: v for k, v in body.items() if k != "notes"})
 
-    return run
+    yield measure
+    torch.compiler.reset()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    outcomes = config.stash[OUTCOMES]
-    if not outcomes:
+    if RUN not in config.stash:
         return
-    terminalreporter.section("fusedres and its peers, in turns (their time over ours; ~ is a tie)")
-    for found in outcomes:
-        parts = [
-            f"{name} {peer['ratio']:.2f}x{' ~' if peer['tie'] else ''}"
-            for name, peer in found["peers"].items()
-        ]
-        parts += [f"{name} refused: {reason}" for name, reason in found["refused"].items()]
-        if "percent_of_copy" in found:
-            parts.append(f"{found['percent_of_copy']:.0f}% of copy bandwidth")
-        ours = 1e3 * found["ours"]["median"]
-        terminalreporter.line(f"{found['title']}: {ours:.2f} ms; {'; '.join(parts)}")
-    missing = {(name, why) for found in outcomes for name, why in found["missing"].items()}
-    for name, reason in sorted(missing):
-        terminalreporter.line(f"missing: {name}: {reason}")
+    config.stash[PROGRESS].end()
+    the_run = config.stash[RUN]
+    if the_run.found["rows"]:
+        terminalreporter.section("fusedres and its peers, in turns")
+        show.table(the_run.found, terminalreporter._tw._file)
+        terminalreporter.line(f"written to {the_run.path}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Everything measured before: nothing is left to run, and that is no failure."""
+    nothing_left = RUN in session.config.stash and session.config.stash[RUN].done
+    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and nothing_left:
+        session.exitstatus = pytest.ExitCode.OK
+    yield

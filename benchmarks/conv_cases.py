@@ -10,44 +10,65 @@ from torch.nn import functional as F
 
 from fusedres import functional, reference
 
-from .cases import Case, channels_last
+from . import cuda_peers
+from .cases import Case, activation
+from .costs import Costs
+from .networks import Conv
 from .op_cases import EPS, Op, Shape, Tensors, case
+from .peers import CUDNN, CUDNN_FRONTEND
+from .roofline import Hardware
 
 
-def conv_case(
-    name: str, shape: Shape, out: int, kernel: int, dtype: torch.dtype, stride: int = 1, **kwargs
-) -> Case:
-    """A convolution of ``shape`` [N, C, H, W] to ``out`` channels, padded to keep the size.
+def conv_case(name: str, conv: Conv, batch: int, dtype: torch.dtype, **kwargs) -> Case:
+    """One convolution of a network with the op around it.
 
     Args:
-        name: "conv_bn_act", "conv_bn_act + residual" or "conv_stats".
+        name: "conv_bn_act", "conv_bn_act+residual" or "conv_stats".
     """
     build = _conv_stats if name == "conv_stats" else _conv_bn_act
-    found = case(build(name, out, kernel, stride), shape, dtype, **kwargs)
-    found.title += f" to {out}, {kernel}x{kernel}" + (f" stride {stride}" if stride > 1 else "")
+    found = case(build(name, conv), (batch, *conv.x), dtype, **kwargs)
+    found.title += f" to {conv.y[0]}, {conv.kernel}x{conv.kernel}"
+    found.title += f" stride {conv.stride}" if conv.stride > 1 else ""
+    if name == "conv_stats":
+        found.floor = _with_gradients(found, conv, batch)
     return found
 
 
-def _weight(out: int, channels: int, kernel: int) -> Tensor:
-    scale = math.sqrt(2 / (channels * kernel**2))
-    return scale * channels_last((out, channels, kernel, kernel), torch.float32)
+def _with_gradients(found: Case, conv: Conv, batch: int):
+    """The floor with the convolution's two gradients, which are no ops of this library."""
+    costs, ops = Costs(batch, found.dtype), found.floor
+    kernels = {"forward": [], "both": [costs.dgrad(conv), costs.wgrad(conv)]}
+    kernels["backward"] = kernels["both"]
+    gradients = kernels[found.facts["direction"]]
+
+    def floor(hardware: Hardware) -> float | None:
+        reported = ops(hardware)
+        if reported is None:
+            return None
+        return reported + sum(hardware.seconds(k.flops, k.bytes) for k in gradients)
+
+    return floor
 
 
-def _conv_bn_act(name: str, out: int, kernel: int, stride: int) -> Op:
-    padding = kernel // 2
+def _weight(conv: Conv) -> Tensor:
+    scale = math.sqrt(2 / math.prod(conv.weight[1:]))
+    return scale * activation(conv.weight, torch.float32)
 
-    def tensors(shape: Shape, dtype: torch.dtype) -> Tensors:
+
+def _conv_bn_act(name: str, conv: Conv) -> Op:
+    out, stride, padding = conv.y[0], conv.stride, conv.padding
+
+    def tensors(shape: Shape, dtype: torch.dtype, layout: str) -> Tensors:
         found = {
-            "x": channels_last(shape, dtype),
-            "conv_weight": _weight(out, shape[1], kernel).to(dtype),
+            "x": activation(shape, dtype, layout),
+            "conv_weight": _weight(conv).to(dtype),
             "weight": 1 + 0.1 * torch.randn(out),
             "bias": 0.1 * torch.randn(out),
             "running_mean": 0.1 * torch.randn(out),
             "running_var": 0.5 + torch.rand(out),
         }
         if "residual" in name:
-            size = [(s - 1) // stride + 1 for s in shape[2:]]
-            found["residual"] = channels_last((shape[0], out, *size), dtype)
+            found["residual"] = activation((shape[0], *conv.y), dtype, layout)
         return found
 
     def fused(x, conv_weight, weight, bias, running_mean, running_var, residual=None):
@@ -68,20 +89,27 @@ def _conv_bn_act(name: str, out: int, kernel: int, stride: int) -> Op:
         bn = weight, bias, running_mean, running_var, EPS
         return reference.conv_bn_act(x, conv_weight, None, residual, *bn, *geometry, "relu")
 
-    return Op(name, tensors, fused, eager, meaning, streaming=False, trains=False)
+    def peer(maker):
+        return lambda tensors, *_: maker(tensors, stride, padding)
+
+    on_gpu = {
+        CUDNN: peer(cuda_peers.cudnn_convolution),
+        CUDNN_FRONTEND: peer(cuda_peers.cudnn_graph),
+    }
+    return Op(name, tensors, fused, eager, meaning, on_gpu, trains=False)
 
 
-def _conv_stats(name: str, out: int, kernel: int, stride: int) -> Op:
+def _conv_stats(name: str, conv: Conv) -> Op:
     """``conv(relu(bn(x)))`` in training, x's statistics known, and the result's statistics.
 
     Eager takes x's statistics here instead, in its batch norm: one statistics pass on both sides.
     """
-    padding = kernel // 2
+    stride, padding = conv.stride, conv.padding
     geometry = [stride] * 2, [padding] * 2, [1, 1], 1
 
-    def tensors(shape: Shape, dtype: torch.dtype) -> Tensors:
+    def tensors(shape: Shape, dtype: torch.dtype, layout: str) -> Tensors:
         c = shape[1]
-        x = channels_last(shape, dtype)
+        x = activation(shape, dtype, layout)
         mean, var = reference.bn_stats(x)
         return {
             "x": x.requires_grad_(),
@@ -89,7 +117,7 @@ def _conv_stats(name: str, out: int, kernel: int, stride: int) -> Op:
             "bias": (0.1 * torch.randn(c)).requires_grad_(),
             "mean": mean,
             "var": var,
-            "conv_weight": _weight(out, c, kernel).to(dtype).requires_grad_(),
+            "conv_weight": _weight(conv).to(dtype).requires_grad_(),
         }
 
     def fused(x, weight, bias, mean, var, conv_weight):
@@ -105,4 +133,4 @@ def _conv_stats(name: str, out: int, kernel: int, stride: int) -> Op:
         bn = weight, bias, mean, var, True, EPS, "relu"
         return reference.conv_stats(x, bn, conv_weight, None, stride, padding, 1, 1)[0]
 
-    return Op(name, tensors, fused, eager, meaning, streaming=False)
+    return Op(name, tensors, fused, eager, meaning)

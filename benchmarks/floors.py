@@ -1,4 +1,4 @@
-"""What a call must cost at least: its fused passes at copy speed, its convolutions at oneDNN's."""
+"""What a call must cost at least: its ops at the machine's rates, its convolutions at oneDNN's."""
 
 from __future__ import annotations
 
@@ -12,47 +12,32 @@ from torch import nn
 
 from fusedres import dispatch
 
-from .machine import CacheFlush, has_bf16_convolution
-from .measure import Competitor, summarise, timed
+from .clock import Clock
+from .machine import has_bf16_convolution
+from .measure import Competitor
+from .roofline import Hardware
 
-CONV_ROUNDS = 3
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Memory traffic of one call of ours: of everything but the convolutions themselves.
+def ops_floor(competitor: Competitor, hardware: Hardware) -> float | None:
+    """The floors of the ops that the competitor's call reports, added up.
 
-    ``eager_bytes`` is what PyTorch's own ops would move for the same work.
-    """
-
-    bytes_moved: int
-    eager_bytes: int
-    launches: int
-
-
-def traffic(competitor: Competitor) -> Traffic | None:
-    """What the ops report while the competitor runs once; None where the reference backend runs.
-
-    There the backward is PyTorch's own and nobody counts its passes.
+    A composed op (a convolution) reports itself and the passes that it is made of here. None on
+    the reference backend, whose backward is PyTorch's own and reports nothing.
     """
     events: list[dispatch.Event] = []
     competitor.prepare()
     with dispatch.observe(events.append):
         competitor.call()
-    own = [e for e in events if e.backend != "unfused" and not e.op.startswith("conv_")]
-    if any(e.backend == "reference" for e in own):
+    if any(e.backend == "reference" for e in events):
         return None
-    return Traffic(
-        sum(e.bytes_moved for e in own),
-        sum(e.eager_bytes for e in own),
-        sum(e.launches for e in own),
-    )
+    return sum(hardware.seconds(e.flops, e.bytes_moved) for e in events)
 
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution of a network, as oneDNN sees it."""
+    """One convolution of a network, as the library that carries it out sees it."""
 
     x: Shape
     weight: Shape
@@ -81,39 +66,40 @@ def convolutions(model: nn.Module, x: torch.Tensor) -> Counter[Conv]:
     return found
 
 
-def conv_seconds(model: nn.Module, x: torch.Tensor, train: bool, dtype: torch.dtype) -> float:
+def conv_seconds(
+    model: nn.Module, x: torch.Tensor, train: bool, dtype: torch.dtype, clock: Clock
+) -> float:
     """Time of the convolutions alone: prepacked in inference, with their backward in training.
 
-    In float32 where oneDNN has no bfloat16 convolution.
+    In float32 where a CPU has no bfloat16 convolution.
     """
-    if dtype == torch.bfloat16 and not has_bf16_convolution():
+    if x.device.type == "cpu" and dtype == torch.bfloat16 and not has_bf16_convolution():
         dtype = torch.float32
-    flush = CacheFlush()
     total = 0.0
     for conv, count in convolutions(model, x).items():
-        call = (_training_call if train else _inference_call)(conv, dtype)
-        call()
-        seconds = [timed(call, flush) for _ in range(CONV_ROUNDS)]
-        total += count * summarise(seconds).median
+        call = (_training_call if train else _inference_call)(conv, dtype, x.device)
+        total += count * clock.typical(call)
     return total
 
 
-def _operands(conv: Conv, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = conv.x, conv.weight
-    x, w = (torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last) for s in shapes)
-    return x, w
+def _operands(conv: Conv, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    made = (torch.randn(s, dtype=dtype, device=device) for s in (conv.x, conv.weight))
+    return [t.to(memory_format=torch.channels_last) for t in made]
 
 
-def _inference_call(conv: Conv, dtype: torch.dtype) -> Callable[[], object]:
-    x, w = _operands(conv, dtype)
+def _inference_call(conv: Conv, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    x, w = _operands(conv, dtype, device)
+    if device.type == "cuda":
+        geometry = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+        return lambda: torch.ops.aten.convolution(x, w, None, *geometry)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     packed = torch.ops.mkldnn._reorder_convolution_weight(w, *geometry, conv.x)
     run = torch.ops.mkldnn._convolution_pointwise
     return lambda: run(x, packed, None, *geometry, "none", [], "")
 
 
-def _training_call(conv: Conv, dtype: torch.dtype) -> Callable[[], object]:
-    x, w = _operands(conv, dtype)
+def _training_call(conv: Conv, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    x, w = _operands(conv, dtype, device)
     geometry = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
     dy = torch.ops.aten.convolution(x, w, None, *geometry)
     which = [conv.needs_dx, True, False]

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,15 +19,18 @@ import torch
 import fusedres
 from fusedres import native
 
+from .clock import Clock, last_level_cache
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "torchvision", "openvino", "numpy")
+PACKAGES = ("torch", "torchvision", "openvino", "onnxruntime", "triton", "tensorrt", "numpy")
+PACKAGES += ("nvidia-cudnn-frontend",)
 # What decides how oneDNN convolves: vector width, and instructions for reduced precision.
 CPU_FLAGS = (
     "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_ne_convert", "amx_bf16", "amx_fp16",
 )  # fmt: skip
 COPY_BYTES = 256 * 2**20  # several times any last-level cache that two cores see
 MATMUL_SIZE = 2048
-REPEATS = 7
+REPEATS = 12
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Rates:
 
     copy_bandwidth: float
     matmul: dict[str, float]
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """The matmul rate in ``dtype``, or in float32 where there is no faster one."""
+        return self.matmul.get(str(dtype).removeprefix("torch."), self.matmul["float32"])
 
 
 def identity() -> dict:
@@ -48,7 +54,7 @@ def identity() -> dict:
         "flags": [f for f in CPU_FLAGS if f in flags],
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "cache_bytes": last_level_cache(),
+        "cache_bytes": last_level_cache(torch.device("cpu")),
         "system": f"{platform.system()} {platform.machine()}",
         "onednn_bf16_convolution": has_bf16_convolution(),
         "fusedres_isa": native.cpu_isa(),
@@ -75,8 +81,9 @@ def versions() -> dict[str, str | None]:
 
 
 def provenance() -> dict:
-    """Commit, whether the sources differ from it, and the date."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
+    """Commit, whether the sources (results aside) differ from it, and the date."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "commit": commit,
         "modified": bool(changes) if commit else None,
@@ -102,54 +109,35 @@ def _cpuinfo(field: str) -> str:
     return found[1] if found else ""
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 32 MiB where the system does not say."""
-    units = {"K": 2**10, "M": 2**20}
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * units.get(text[-1:], 1))
-    return max(sizes, default=32 * 2**20)
+def measure_rates(device: torch.device) -> Rates:
+    """The best copy bandwidth (bytes read and written) and matmul rates of a few repeats."""
+    clock = Clock(device)
 
-
-class CacheFlush:
-    """Writes more than the caches hold, on all threads, so that each timed call starts cold."""
-
-    def __init__(self):
-        self._buffer = torch.zeros(max(2 * last_level_cache(), 64 * 2**20) // 4)
-
-    def __call__(self) -> None:
-        self._buffer.add_(1)
-
-
-def _median_seconds(call: Callable[[], object]) -> float:
-    call()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    def best(call: Callable[[], object]) -> float:
         call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        return min(clock.seconds_at_once(call) for _ in range(REPEATS))
 
-
-def measure_rates() -> Rates:
-    """Median copy bandwidth (bytes read and written) and matmul rates."""
-    source = torch.ones(COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    bandwidth = 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source))
+    size = COPY_BYTES * (4 if device.type == "cuda" else 1)
     matmul = {}
-    dtypes = [torch.float32, torch.bfloat16] if has_bf16_convolution() else [torch.float32]
-    for dtype in dtypes:
-        a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)
-        seconds = _median_seconds(lambda a=a: a @ a)
-        matmul[str(dtype).removeprefix("torch.")] = 2 * MATMUL_SIZE**3 / seconds
-    return Rates(bandwidth, matmul)
+    for dtype in _fast_dtypes(device):
+        n = MATMUL_SIZE * (4 if device.type == "cuda" else 1)
+        a = torch.randn(n, n, dtype=dtype, device=device)
+        matmul[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(lambda a=a: a @ a)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return Rates(2 * size / best(lambda: target.copy_(source)), matmul)
+
+
+def _fast_dtypes(device: torch.device) -> list[torch.dtype]:
+    if device.type == "cuda":
+        return [torch.float32, torch.bfloat16, torch.float16]
+    return [torch.float32, torch.bfloat16] if has_bf16_convolution() else [torch.float32]
 
 
 @cache
-def rates() -> Rates:
+def rates(device: torch.device) -> Rates:
     """``measure_rates()``, once in this process."""
-    return measure_rates()
+    return measure_rates(device)
 
 
 class OtherLoad:
@@ -178,10 +166,42 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     return time.monotonic(), busy, sum(os.times()[:4])
 
 
+def gpu() -> dict | None:
+    """The CUDA device and its driver, or None."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and a GPU where there is one."""
+    names = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [torch.device(name) for name in names]
+
+
 def describe() -> dict:
     """Everything above, for the head of a result file."""
+    measured = {d.type: asdict(rates(d)) for d in devices()}
     return {
-        "machine": identity() | {"measured": asdict(rates())},
+        "machine": identity() | {"measured": measured},
+        "gpu": gpu(),
         "versions": versions(),
         **provenance(),
     }

@@ -1,12 +1,12 @@
 """Timing in turns: all competitors in one process on the same inputs, a wrong result never timed.
 
-Each round times every competitor once. The order rotates and turns around from round to round, so
-that nobody always follows the same neighbour, and a drift of the machine meets all of them.
+Each round draws fresh inputs and times every competitor once on them. The order rotates and turns
+around from round to round, so that nobody always follows the same neighbour, and a drift of the
+machine meets all of them.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fusedres.report.accuracy import errors
 
-WARM_UP_ROUNDS = 3  # allocator and oneDNN's caches are filled after two; one more to time
-# OpenMP's threads spin for about 3 ms after their last work; a competitor with another thread pool
-# would share the cores with them.
-SETTLE_SECONDS = 0.005
+from .clock import Clock, captured
+from .inspection import Inspection
+
+FEWEST_ROUNDS = 2  # one for each half
 
 
 class WrongResult(RuntimeError):
@@ -33,13 +33,13 @@ class Truth:
 
     Args:
         ref: each named result in float64.
-        eager: the same from PyTorch in the tested dtype.
+        eager: the same from PyTorch in the tested dtype; or several, equally valid.
         gradients: names of results that are gradients.
         counts: for results that are sums: of how many elements.
     """
 
     ref: Mapping[str, Tensor]
-    eager: Mapping[str, Tensor]
+    eager: Mapping[str, Tensor | Sequence[Tensor]]
     gradients: frozenset[str] = frozenset()
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -71,6 +71,7 @@ class Competitor:
         results: does it once and returns what it computed, by name.
         prepare: runs before every call, untimed.
         note: what a reader must know about it.
+        inspect: looks into one call, where that can be done.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Competitor:
     results: Callable[[], Mapping[str, Tensor]]
     prepare: Callable[[], object] = lambda: None
     note: str | None = None
+    inspect: Callable[[], Inspection] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,16 @@ class Ratio:
 
     @property
     def tie(self) -> bool:
-        """Whether the halves differ by more than the gain (or loss) that the whole claims."""
+        """Whether the halves differ by more than the gain (or loss) that the whole claims.
+
+        Also where a half claims the contrary of the whole.
+        """
         if self.halves is None:
             return True
         first, second = self.halves
-        return abs(first - second) > abs(self.value - 1)
+        gain = self.value - 1
+        contrary = any((half - 1) * gain < 0 for half in self.halves)
+        return contrary or abs(first - second) > abs(gain)
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:
@@ -147,7 +154,9 @@ class Race:
     Args:
         competitors: ours, then the peers.
         truth: what they must compute.
-        flush: empties the caches before each timed call.
+        clock: times a call on cold caches.
+        refresh: draws new inputs for the given round, the same for every competitor.
+        graphs: replay CUDA graphs, of every competitor or (where one cannot be captured) of none.
 
     Raises:
         WrongResult: our own result breaks the accuracy rule. A peer whose result does, or that
@@ -155,7 +164,12 @@ class Race:
     """
 
     def __init__(
-        self, competitors: Sequence[Competitor], truth: Truth, flush: Callable[[], object]
+        self,
+        competitors: Sequence[Competitor],
+        truth: Truth,
+        clock: Clock,
+        refresh: Callable[[int], object] = lambda round_: None,
+        graphs: bool = False,
     ):
         ours, *peers = competitors
         fault = truth.fault(ours.results())
@@ -171,18 +185,29 @@ class Race:
                 self.refused[peer.name] = reason
         self.ours = ours.name
         self.seconds: dict[str, list[float]] = {name: [] for name in self.competitors}
-        self._flush = flush
+        self._calls = {name: c.call for name, c in self.competitors.items()}
+        self._clock, self._refresh = clock, refresh
+        self.graphs = self._capture() if graphs else "not asked for"
         self._turns = _turns(list(self.competitors))
         self._next = next(self._turns)
 
-    def warm_up(self, rounds: int = WARM_UP_ROUNDS) -> float:
-        """Untimed calls of everybody; returns how long one round takes."""
-        for _ in range(rounds):
-            start = time.perf_counter()
+    def _capture(self) -> str:
+        """Whether CUDA graphs are replayed, in words."""
+        try:
             for competitor in self.competitors.values():
-                self._time(competitor)
-            last = time.perf_counter() - start
-        return last
+                competitor.prepare()
+            self._calls = captured(self._calls)
+        except RuntimeError as error:
+            return f"of nobody: {error}"
+        return "of everybody"
+
+    def warm_up(self) -> float:
+        """Untimed calls of everybody; returns how long one round takes."""
+        start = time.perf_counter()
+        self._refresh(0)
+        for name in self.competitors:
+            self._time(name)
+        return time.perf_counter() - start
 
     def run(self, rounds: int, on_round: Callable[[], object] = lambda: None) -> None:
         for _ in range(rounds):
@@ -194,13 +219,15 @@ class Race:
         """Every turn before ours, and all of ours that is not timed."""
         while self._next != self.ours:
             self._turn()
+        self._draw()
         self.competitors[self.ours].prepare()
-        chill(self._flush)
+        self._clock.chill()
 
     def our_turn(self) -> None:
         """Our call alone, for a caller with a clock of its own."""
         self._next = next(self._turns)
-        self.seconds[self.ours].append(call_seconds(self.competitors[self.ours].call))
+        seconds = self._clock.seconds_at_once(self._calls[self.ours])
+        self.seconds[self.ours].append(seconds)
 
     def finish_round(self) -> None:
         """The turns after our last one, so that everybody has had as many."""
@@ -215,36 +242,19 @@ class Race:
         return ratio(self.seconds[peer], self.seconds[self.ours])
 
     def _turn(self) -> None:
+        self._draw()
         name, self._next = self._next, next(self._turns)
-        self.seconds[name].append(self._time(self.competitors[name]))
+        self.seconds[name].append(self._time(name))
 
-    def _time(self, competitor: Competitor) -> float:
-        competitor.prepare()
-        return timed(competitor.call, self._flush)
+    def _draw(self) -> None:
+        """New inputs, where a round begins."""
+        done = [len(seconds) for seconds in self.seconds.values()]
+        if min(done) == max(done):
+            self._refresh(done[0])
 
-
-def timed(call: Callable[[], object], flush: Callable[[], object]) -> float:
-    """Seconds of one call on cold caches."""
-    chill(flush)
-    return call_seconds(call)
-
-
-def chill(flush: Callable[[], object]) -> None:
-    flush()
-    time.sleep(SETTLE_SECONDS)
-
-
-def call_seconds(call: Callable[[], object]) -> float:
-    """Seconds of one call, without the garbage collector."""
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        kept = call()
-        seconds = time.perf_counter() - start
-    finally:
-        gc.enable()
-    del kept  # freeing the result is nobody's time
-    return seconds
+    def _time(self, name: str) -> float:
+        self.competitors[name].prepare()
+        return self._clock.seconds(self._calls[name])
 
 
 def _fault_of_peer(peer: Competitor, truth: Truth) -> str | None:
@@ -263,6 +273,6 @@ def _turns(names: list[str]) -> Iterator[str]:
         yield from reversed(order) if i % 2 else order
 
 
-def rounds_within(seconds: float, per_round: float, least: int, most: int) -> int:
-    """How many rounds fit into a time budget, within bounds."""
-    return max(least, min(most, int(seconds / per_round)))
+def rounds_within(seconds: float, per_round: float, most: int) -> int:
+    """How many rounds fit into a time budget; no fewer than give two halves."""
+    return max(FEWEST_ROUNDS, min(most, int(seconds / per_round)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,21 +11,25 @@ from torch import Tensor
 
 from fusedres import functional, reference
 
-from . import plain
-from .cases import Case, Memory, channels_last
-from .floors import traffic
-from .measure import Competitor, Truth
-from .memory import allocations, saved_for_backward
+from . import cuda_peers, plain
+from .cases import CHANNELS_LAST, CPU, SHORT, Case, activation, redraw
+from .floors import ops_floor
+from .measure import Truth
 from .peers import (
+    ALL,
+    APEX,
+    AUTOTUNE_MODE,
     COMPILE,
     EAGER,
+    EAGER_NCHW,
+    MAX_AUTOTUNE,
     OURS,
-    UNSELECTED,
-    Missing,
-    autocast,
+    Choice,
+    Maker,
     compiled_op,
+    make,
     op_call,
-    split,
+    parameters,
 )
 
 Shape = tuple[int, ...]
@@ -39,55 +43,75 @@ class Op:
     """One op in three executions that take the same named tensors.
 
     Args:
-        tensors: makes the inputs for a shape [N, C, H, W] and a dtype.
+        tensors: makes the inputs for a shape [N, C, H, W], a dtype and a layout.
         fused, eager: ours and plain PyTorch's.
         reference: the meaning, for the float64 result and PyTorch's own error.
-        streaming: there is no convolution in it.
+        peers: further makers, given (tensors, dy, direction, dtype); on a GPU only.
         trains: it has a backward.
     """
 
     name: str
-    tensors: Callable[[Shape, torch.dtype], Tensors]
+    tensors: Callable[[Shape, torch.dtype, str], Tensors]
     fused: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    streaming: bool = True
+    peers: dict[str, Callable] = field(default_factory=dict)
     trains: bool = True
 
 
 def case(
-    op: Op, shape: Shape, dtype: torch.dtype, direction: str = "both", *, compiled: bool = True
+    op: Op,
+    shape: Shape,
+    dtype: torch.dtype,
+    direction: str = "both",
+    layout: str = CHANNELS_LAST,
+    device: torch.device = CPU,
+    chosen: Choice = ALL,
 ) -> Case:
-    """``op`` on one shape, against eager and torch.compile.
+    """``op`` on one shape, against PyTorch.
 
     Args:
         direction: "forward", "backward" or "both"; an op that does not train runs in inference.
-        compiled: whether torch.compile takes part (its compilation takes seconds).
     """
     torch.manual_seed(0)
-    tensors = op.tensors(shape, dtype)
+    tensors = _on(device, op.tensors(shape, dtype, layout))
     direction = direction if op.trains else "inference"
-    dy = channels_last(_result_shape(op, tensors), dtype) if op.trains else None
-    call = partial(op_call, tensors=tensors, dy=dy, direction=direction, dtype=dtype)
-    ours, eager = call(OURS, op.fused), call(EAGER, op.eager)
-    compile_peer = Missing(COMPILE, UNSELECTED)
-    if compiled:
-        compile_peer = compiled_op(op.eager, tensors, dy, direction, dtype)
-    peers, missing = split([eager, compile_peer])
+    dy = None
+    if op.trains:
+        dy = activation(_result_shape(op, tensors), dtype, layout).to(device)
+    run = partial(op_call, tensors=tensors, dy=dy, direction=direction, dtype=dtype)
+    ours = run(OURS, op.fused)
+    compiled = dict(function=op.eager, tensors=tensors, dy=dy, direction=direction, dtype=dtype)
+    makers: dict[str, Maker] = {
+        EAGER if layout == CHANNELS_LAST else EAGER_NCHW: partial(
+            run, EAGER if layout == CHANNELS_LAST else EAGER_NCHW, op.eager
+        ),
+        COMPILE: partial(compiled_op, COMPILE, None, **compiled),
+        MAX_AUTOTUNE: partial(compiled_op, MAX_AUTOTUNE, AUTOTUNE_MODE, **compiled),
+    }
+    if device.type == "cuda":
+        makers |= {n: partial(m, tensors, dy, direction, dtype) for n, m in op.peers.items()}
+    peers, missing = make(makers, chosen)
+    drawn = [t for t in (*tensors.values(), dy) if t is not None and t.dim() == 4]
+    drawn = [t for t in drawn if t.shape[0] == shape[0] and t.shape[2:].numel() > 1]
     size = "x".join(map(str, shape))
     return Case(
-        title=f"{op.name} {direction} {size} {_short(dtype)}",
+        title=f"{op.name} {direction} {size} {SHORT[dtype]} {layout}",
+        device=device,
+        dtype=dtype,
         competitors=[ours, *peers],
         missing=missing,
         truth=_truth(op, tensors, dy, dtype),
-        traffic=traffic(ours),
-        streaming=op.streaming,
-        memory=partial(_memory, op, ours, eager, tensors, dtype),
+        facts={"op": op.name, "direction": direction, "shape": size, "dtype": SHORT[dtype]},
+        floor=partial(ops_floor, ours),
+        floor_of="the ops' bytes at copy bandwidth or flops at matmul rate, whichever takes longer",
+        refresh=partial(redraw, drawn),
+        graphable=direction != "backward",
     )
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+def _on(device: torch.device, tensors: Tensors) -> Tensors:
+    return {k: t.detach().to(device).requires_grad_(t.requires_grad) for k, t in tensors.items()}
 
 
 def _result_shape(op: Op, tensors: Tensors) -> Shape:
@@ -105,55 +129,29 @@ def _without_running(tensors: Tensors, op: Op) -> Tensors:
 def _truth(op: Op, tensors: Tensors, dy: Tensor | None, dtype: torch.dtype) -> Truth:
     tensors = _without_running(tensors, op)
     exact = {k: t.detach().double().requires_grad_(t.requires_grad) for k, t in tensors.items()}
-    run = partial(op_call, direction="both", dtype=torch.float32)
-    ref = run("ref", op.reference, exact, dy=None if dy is None else dy.double()).results()
-    own = run("own", op.reference, tensors, dy=dy).results()
-    sums = {f"d{k}": dy.numel() // dy.shape[1] for k in tensors if dy is not None and _summed(k)}
+    run = partial(op_call, function=op.reference, direction="both")
+    exact_dy = None if dy is None else dy.double()
+    ref = run("ref", tensors=exact, dy=exact_dy, dtype=torch.float32).results()
+    own = run("own", tensors=tensors, dy=dy, dtype=dtype).results()
+    layer = {id(t) for t in parameters(tensors)}
+    sums = {}
+    if dy is not None:
+        elements = dy.numel() // dy.shape[1]
+        sums = {f"d{k}": elements for k, t in tensors.items() if id(t) in layer}
     return Truth(ref, own, frozenset(k for k in ref if k != "y"), sums)
-
-
-def _summed(name: str) -> bool:
-    return name in ("weight", "bias", "conv_weight", "w1", "b1", "w2", "b2")
-
-
-def _memory(
-    op: Op, ours: Competitor, eager: Competitor, tensors: Tensors, dtype: torch.dtype
-) -> dict[str, Memory]:
-    found = {}
-    for competitor, function in ((ours, op.fused), (eager, op.eager)):
-        competitor.prepare()
-        peak = allocations(competitor.call).peak
-        saved = None
-        if op.trains:
-
-            def forward(function=function):
-                with autocast(dtype):
-                    return function(**{k: _clone_running(k, t) for k, t in tensors.items()})
-
-            saved = saved_for_backward(forward, _parameters(tensors))
-        found[competitor.name] = Memory(peak, saved)
-    return found
-
-
-def _clone_running(name: str, t: Tensor) -> Tensor:
-    return t.clone() if name.startswith("running_") else t
-
-
-def _parameters(tensors: Tensors) -> list[Tensor]:
-    return [t for k, t in tensors.items() if _summed(k)]
 
 
 # --- inputs
 
 
-def _activation(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return channels_last(shape, dtype).requires_grad_()
+def _leaf(*spec) -> Tensor:
+    return activation(*spec).requires_grad_()
 
 
-def _bn(shape: Shape, dtype: torch.dtype) -> Tensors:
+def _bn(shape: Shape, dtype: torch.dtype, layout: str) -> Tensors:
     c = shape[1]
     return {
-        "x": _activation(shape, dtype),
+        "x": _leaf(shape, dtype, layout),
         "weight": (1 + 0.1 * torch.randn(c)).requires_grad_(),
         "bias": (0.1 * torch.randn(c)).requires_grad_(),
         "running_mean": torch.zeros(c),
@@ -171,8 +169,17 @@ def _se(channels: int) -> Tensors:
     }
 
 
-def _with_residual(tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensors:
-    return tensors | {"residual": _activation(shape, dtype)}
+def _bn_residual(*spec) -> Tensors:
+    return _bn(*spec) | {"residual": _leaf(*spec)}
+
+
+def _se_residual(shape: Shape, *spec) -> Tensors:
+    x, residual = _leaf(shape, *spec), _leaf(shape, *spec)
+    return {"x": x} | _se(shape[1]) | {"residual": residual}
+
+
+def _bn_se_residual(shape: Shape, *spec) -> Tensors:
+    return _bn(shape, *spec) | _se(shape[1]) | {"residual": _leaf(shape, *spec)}
 
 
 # --- the ops
@@ -210,55 +217,47 @@ def _reference_bn_se(x, weight, bias, w1, b1, w2, b2, residual):
     return reference.bn_se_act(x, weight, bias, *mlp, *tail)[0]
 
 
-def _mix_inputs(shape, dtype):
+def _mix_inputs(shape, dtype, layout):
     keep = (torch.rand(shape[0]) < 0.9).float() / 0.9
-    operands = {k: _activation(shape, dtype) for k in ("branch", "shortcut")}
+    operands = {k: _leaf(shape, dtype, layout) for k in ("branch", "shortcut")}
     return operands | {"row_scale": keep.to(dtype)}
 
 
-def _highway_inputs(shape, dtype):
-    gate = torch.sigmoid(channels_last(shape, dtype)).requires_grad_()
-    return {k: _activation(shape, dtype) for k in ("branch", "shortcut")} | {"gate": gate}
+def _highway_inputs(*spec):
+    return {k: _leaf(*spec) for k in ("branch", "shortcut", "gate")}
 
 
+def _fused_depth(branch, shortcut, row_scale):
+    return functional.residual_mix(branch, shortcut, row_scale=row_scale, act="relu")
+
+
+def _reference_depth(branch, shortcut, row_scale):
+    return reference.residual_mix(branch, shortcut, None, row_scale, 1.0, 1.0, "relu")[0]
+
+
+def _fused_highway(branch, shortcut, gate):
+    return functional.residual_mix(branch, shortcut, gate=gate)
+
+
+def _reference_highway(branch, shortcut, gate):
+    return reference.residual_mix(branch, shortcut, gate, None, 1.0, 1.0, "identity")[0]
+
+
+_APEX = {APEX: cuda_peers.apex_batch_norm}
 OPS = {
     op.name: op
     for op in (
-        Op("bn_act", _bn, _fused_bn, plain.bn_act, _reference_bn),
+        Op("bn_act", _bn, _fused_bn, plain.bn_act, _reference_bn, _APEX),
+        Op("bn_act+residual", _bn_residual, _fused_bn, plain.bn_act, _reference_bn, _APEX),
         Op(
-            "bn_act + residual",
-            lambda s, d: _with_residual(_bn(s, d), s, d),
-            _fused_bn, plain.bn_act, _reference_bn,
+            "squeeze_excite+residual",
+            _se_residual, _fused_se, plain.squeeze_excite, _reference_se,
         ),
         Op(
-            "squeeze_excite + residual",
-            lambda s, d: {"x": _activation(s, d)} | _se(s[1]) | _with_residual({}, s, d),
-            _fused_se, plain.squeeze_excite, _reference_se,
+            "bn_se_act+residual",
+            _bn_se_residual, _fused_bn_se, plain.bn_se_act, _reference_bn_se,
         ),
-        Op(
-            "bn_se_act + residual",
-            lambda s, d: _with_residual(_bn(s, d) | _se(s[1]), s, d),
-            _fused_bn_se, plain.bn_se_act, _reference_bn_se,
-        ),
-        Op(
-            "residual_mix, stochastic depth",
-            _mix_inputs,
-            lambda branch, shortcut, row_scale: functional.residual_mix(
-                branch, shortcut, row_scale=row_scale, act="relu"
-            ),
-            plain.stochastic_depth,
-            lambda branch, shortcut, row_scale: reference.residual_mix(
-                branch, shortcut, None, row_scale, 1.0, 1.0, "relu"
-            )[0],
-        ),
-        Op(
-            "residual_mix, highway",
-            _highway_inputs,
-            lambda branch, shortcut, gate: functional.residual_mix(branch, shortcut, gate=gate),
-            plain.highway,
-            lambda branch, shortcut, gate: reference.residual_mix(
-                branch, shortcut, gate, None, 1.0, 1.0, "identity"
-            )[0],
-        ),
+        Op("stochastic_depth", _mix_inputs, _fused_depth, plain.stochastic_depth, _reference_depth),
+        Op("highway", _highway_inputs, _fused_highway, plain.highway, _reference_highway),
     )
 }  # fmt: skip

@@ -6,13 +6,14 @@ The state dicts are those of ``fusedres.models``, so that all competitors share 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fusedres.demo.networks import PlainSqueezeExcite
 
 _definitions: list[torch.library.Library] = []  # they live as long as the object does
 
@@ -37,19 +38,6 @@ def import_torchvision() -> ModuleType:
     from torchvision.models import resnet
 
     return resnet
-
-
-class PlainSqueezeExcite(nn.Module):
-    """``x * sigmoid(fc2(relu(fc1(mean_hw(x)))))``: torchvision.ops.SqueezeExcitation."""
-
-    def __init__(self, channels: int, squeeze_channels: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, squeeze_channels, 1)
-        self.fc2 = nn.Conv2d(squeeze_channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        squeezed = F.adaptive_avg_pool2d(x, 1)
-        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(squeezed))))
 
 
 def plain_block(name: str) -> type[nn.Module]:
@@ -126,6 +114,3 @@ def stochastic_depth(branch, shortcut, row_scale) -> Tensor:
 
 def highway(branch, shortcut, gate) -> Tensor:
     return gate * branch + (1 - gate) * shortcut
-
-
-Function = Callable[..., Tensor]

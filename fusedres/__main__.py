@@ -19,6 +19,7 @@ from . import dispatch, models
 DTYPES = {str(d).removeprefix("torch."): d for d in dispatch.DTYPES}
 MODELS = [name for name in models.__all__ if name.islower()]
 USER_ERROR = 2  # argparse's own exit code
+_BENCH_OPTIONS = ("--benchmark-only", "--benchmark-quiet", "-q")  # they print a table of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +171,7 @@ def _bench(arguments: Sequence[str]) -> int:
     if missing:
         print(f"the benchmarks need {' and '.join(missing)}", file=sys.stderr)
         return USER_ERROR
-    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", *arguments]
+    command = [sys.executable, "-m", "pytest", str(folder), *_BENCH_OPTIONS, *arguments]
     return subprocess.call(command)
 
 

@@ -214,7 +214,7 @@ def test_bench_runs_pytest_on_the_benchmarks(monkeypatch):
     (command,) = got
     assert command[:3] == [sys.executable, "-m", "pytest"]
     assert list(Path(command[3]).glob("bench_*.py"))
-    assert command[4:] == ["--benchmark-only", "-k", "bn_act"]
+    assert command[4:] == ["--benchmark-only", "--benchmark-quiet", "-q", "-k", "bn_act"]
 
 
 def test_bench_outside_a_checkout(monkeypatch, capsys, tmp_path):

@@ -84,9 +84,8 @@ def tail(
         if not in_conv:
             stats = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
         raw = dense(raw)
-        y, mean, var = tail_op(raw, spec, affine, params, residual, stats, side, scale, save_mask)[
-            :3
-        ]
+        done = tail_op(raw, spec, affine, params, residual, stats, side, scale, save_mask)
+        y, mean, var = done[:3]
         batches.append((norm, mean, var, y.shape))
     return y if unit.then is None else activate(y, unit.then)
 

@@ -1,7 +1,8 @@
-"""Counts kernels and memory traffic of one training step, plain or fused, with one ruler."""
+"""Counts kernels and memory traffic of a call, plain or fused, with one ruler."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -36,9 +37,14 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         op = func.overloadpacket.__name__
-        if func.namespace == "aten" and not func.is_view and not op.startswith(("empty", "new_")):
+        if (
+            func.namespace in ("aten", "mkldnn")
+            and not func.is_view
+            and not op.startswith(("empty", "new_"))
+        ):
             moved = [t for t in tree_leaves((args, kwargs, out)) if self._is_activation(t)]
-            if moved:
+            shapes_only = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(out))
+            if moved and not shapes_only:
                 again = _READ_AGAIN.get(op, 0) * max(_bytes(t) for t in moved)
                 self.add(1, sum(map(_bytes, moved)) + again)
         return out
@@ -61,10 +67,16 @@ def _bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
+def traffic_of(call: Callable[[], object], batch: int) -> Traffic:
+    """What ``call()`` runs on tensors of ``batch`` images."""
+    counter = _Counter(batch)
+    with dispatch.observe(counter.hear), counter:
+        call()
+    return counter.total
+
+
 def training_traffic(model: nn.Module, x: Tensor, y: Tensor) -> Traffic:
     """Forward and backward of one step; the weights' own traffic and the optimiser are left out."""
-    counter = _Counter(x.shape[0])
-    with dispatch.observe(counter.hear), counter:
-        F.cross_entropy(model(x), y).backward()
+    total = traffic_of(lambda: F.cross_entropy(model(x), y).backward(), x.shape[0])
     model.zero_grad()
-    return counter.total
+    return total

@@ -51,6 +51,7 @@ class Op:
     run: Callable
     meaning: Callable | None
     function: type[torch.autograd.Function] | None
+    traffic: Traffic | None
 
     def __call__(self, *args):
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -131,7 +132,7 @@ def define(
     dispatched = getattr(torch.ops.fusedres, name)
     meaning = composed or reference
     if backward is None:
-        return Op(dispatched, run, meaning, None)
+        return Op(dispatched, run, meaning, None, traffic)
     torch.library.register_autograd(
         f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
     )
@@ -144,7 +145,7 @@ def define(
     # Not with setup_context: PyTorch then inspects the signature, 50 to 80 us a call.
     parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), parts)
-    return Op(dispatched, run, meaning, function)
+    return Op(dispatched, run, meaning, function, traffic)
 
 
 def _counted(kernel: Callable, name: str, traffic: Traffic, choice: dispatch.Choice, *args):
