@@ -7,6 +7,7 @@ from .layers import BatchNormAct2d, ConvBNAct2d, EffectiveSqueezeExcite, Squeeze
 from .lstm import ResidualLSTMCell
 from .mlp import DenselyConnectedMLP, ResidualMLP
 from .preact import PreActBasicBlock, PreActBottleneck, PreActStage
+from .residual_scale import ResidualScale
 from .resnet import BasicBlock, Bottleneck, SEBasicBlock, SEBottleneck
 from .transformer import AddLayerNorm, AddRMSNorm, TransformerEncoderLayer
 
@@ -29,6 +30,7 @@ __all__ = [
     "PreActStage",
     "ResidualLSTMCell",
     "ResidualMLP",
+    "ResidualScale",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcite",

@@ -23,6 +23,7 @@ from .. import functional as F
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
 from .recognise import act_of, hooked, se_of, wants_grad
+from .residual_scale import scaled_norm
 from .squeeze import squeeze_excite
 from .training import convolve, tail
 from .unit import (
@@ -48,6 +49,7 @@ def chain(
     residual: Tensor | partial[State] | None = None,
     se: nn.Module | None = None,
     scale: Scale | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """The composition of ``act(norm(conv(.)))`` over the triples.
 
@@ -61,12 +63,13 @@ def chain(
             gets ``batches`` and may leave its norm pending (``shortcut``).
         se: a module applied to the last norm's result.
         scale: draws factors [N] (stochastic depth) of the branch for a tensor of its N and dtype.
+        gain: factors [C] or [1] of the last norm's result.
     """
     state: State = x
     batches: list[Batch] = []
     for conv, norm, act in triples[:-1]:
         state = step(state, conv, norm, act, batches)
-    y = _last(state, *triples[-1], residual, se, scale, batches)
+    y = _last(state, *triples[-1], residual, se, scale, batches, gain)
     for batch in batches:  # last: an error above leaves the running statistics as they were
         track(*batch)
     return y
@@ -144,17 +147,22 @@ def step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batc
     return y if unit.then is None else unit.then(materialise(y))
 
 
-def _last(state: State, conv, norm, act, residual, se, scale, batches: list[Batch]) -> Tensor:
+def _last(
+    state: State, conv, norm, act, residual, se, scale, batches: list[Batch], gain=None
+) -> Tensor:
     """The last triple and the block's tail: squeeze-excite, scale, residual and activation."""
     if isinstance(residual, partial):
         residual = residual(batches=batches)
     unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         branch = _unfused(state, conv, norm, unit)
+        branch = branch if gain is None else branch * gain.to(branch.dtype).view(-1, 1, 1)
         return _finish(branch, materialise(residual), se, act, scale and scale(branch))
+    if gain is not None:
+        unit = replace(unit, norm=scaled_norm(unit.norm, gain, unit.conv.out_channels))
     scale = scale and scale(operands(value(state), unit.conv)[0])
     if scale is not None and (se is not None or residual is None):
-        branch = _last(state, conv, norm, None, None, se, None, batches)
+        branch = _last(state, conv, norm, None, None, se, None, batches, gain)
         return add_act(branch, materialise(residual), act, scale)
     if scale is not None or not _in_one_call(unit, state, residual):
         rows = None if scale is None else scale.view(-1, 1)

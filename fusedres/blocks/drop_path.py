@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from .chain import Scale
+from .residual_scale import ResidualScale
 
 MODES = ("row", "batch")
 
@@ -102,15 +103,26 @@ def drop_path_of(drop_path: float | DropPath | nn.Module) -> DropPath | None:
 
 
 def set_shortcut(
-    block: nn.Module, downsample: nn.Module | None, drop_path: float | DropPath, residual: bool
+    block: nn.Module,
+    downsample: nn.Module | None,
+    drop_path: float | DropPath,
+    residual: bool,
+    residual_scale: ResidualScale | None = None,
 ) -> None:
     """Gives a block the attributes that say what its branch is added to, and when.
 
     Raises:
-        ValueError: a downsample or drop_path in a block that has no shortcut.
+        TypeError: a residual_scale that is none.
+        ValueError: a downsample, drop_path or residual_scale in a block that has no shortcut.
     """
-    if not residual and (downsample is not None or drop_path):
-        raise ValueError("residual: wanted True with a downsample or drop_path, got False")
+    if not isinstance(residual_scale, ResidualScale | None):
+        kind = type(residual_scale).__name__
+        raise TypeError(f"residual_scale: wanted a fusedres.ResidualScale or None, got {kind}")
+    if not residual and (downsample is not None or drop_path or residual_scale is not None):
+        raise ValueError(
+            "residual: wanted True with a downsample, drop_path or residual_scale, got False"
+        )
+    block.residual_scale = residual_scale
     block.downsample = downsample
     block.drop_path = drop_path_of(drop_path)
     block.residual = residual

@@ -20,6 +20,7 @@ from ..ops.convolution import conv_shape
 from .chain import Scale, add_act, step, symbolic
 from .drop_path import DropPath, set_shortcut
 from .recognise import act_of, geometry_of, hooked, norm_of, wants_grad
+from .residual_scale import ResidualScale
 from .resnet import conv1x1, conv3x3
 from .training import NO_PROLOGUE
 from .unit import (
@@ -82,24 +83,33 @@ def _norm_misfit(x: Tensor, *params: Tensor | None) -> str | None:
 
 
 def add_convolution(
-    state: State, conv: nn.Module, residual: Tensor | None, scale: Scale | None, stats: bool
+    state: State,
+    conv: nn.Module,
+    residual: Tensor | None,
+    scale: Scale | None,
+    stats: bool,
+    scaling: ResidualScale | None = None,
 ) -> Sum:
     """``scale * conv(state) + residual``: the end of a block."""
+    if scaling is not None and hooked(scaling) is not None:
+        branch = add_convolution(state, conv, None, None, False).value
+        return Sum(scaling(branch, residual, scale and scale(branch)))
     geometry = "FX tracing" if symbolic(value(state)) else geometry_of(conv)
     if not isinstance(geometry, str):
         geometry = misfit(conv, value(state)) or geometry
     if isinstance(geometry, str):
         dispatch.notify(dispatch.Event("conv", "unfused", geometry))
-        return _added(conv(materialise(state)), residual, scale)
+        return _added(conv(materialise(state)), residual, scale, scaling)
     x, weight, bias = operands(value(state), conv)
     shape = conv_shape(x, weight, geometry)
     fits = residual is not None and (residual.shape, residual.dtype) == (shape, x.dtype)
     if residual is None or not fits:
         prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
-        own = stats and residual is None and scale is None
+        own = stats and residual is None and scale is None and scaling is None
         y, mean, var = conv_stats.op(x, *prologue, weight, bias, *geometry, own)
-        return Sum(y, mean, var) if own else _added(y, residual, scale)
-    if isinstance(state, Tensor) and scale is None and not wants_grad(x, weight, bias, residual):
+        return Sum(y, mean, var) if own else _added(y, residual, scale, scaling)
+    plain = scale is None and scaling is None and isinstance(state, Tensor)
+    if plain and not wants_grad(x, weight, bias, residual):
         identity = _identity_norm(weight)
         y = conv_bn_act.op(x, weight, bias, residual, *identity, 0.0, *geometry, "identity")
         return Sum(y)
@@ -107,14 +117,25 @@ def add_convolution(
     y = dense(conv_stats.op(x, *prologue, weight, bias, *geometry, False)[0])
     residual = residual.contiguous(memory_format=conv_memory_format(x, weight))
     rows = None if scale is None else scale(y).view(-1, 1)
-    none = (None,) * 4
-    numbers = False, False, 0.0, 0.0, "identity", False, stats
-    y, _, mean, var = residual_add.op(y, *none, residual, *none, rows, *numbers)
+    gain = shortcut_gain = None
+    if scaling is not None:
+        gain, factor = scaling.weight.expand(y.shape[1]), scaling.of_shortcut(y)
+        shortcut_gain = None if factor is None else factor.expand(y.shape[1])
+    none, numbers = (None,) * 3, (False, False, 0.0, 0.0, "identity", False, stats)
+    maps = (gain, *none), (shortcut_gain, *none)
+    y, _, mean, var = residual_add.op(y, *maps[0], residual, *maps[1], rows, *numbers)
     return Sum(y, mean, var) if stats else Sum(y)
 
 
-def _added(branch: Tensor, residual: Tensor | None, scale: Scale | None) -> Sum:
+def _added(
+    branch: Tensor,
+    residual: Tensor | None,
+    scale: Scale | None,
+    scaling: ResidualScale | None = None,
+) -> Sum:
     factors = scale and scale(branch)
+    if scaling is not None:
+        branch, residual = scaling.of_branch(branch), residual * scaling.shortcut
     if residual is not None and residual.dtype != branch.dtype:
         branch = branch.to(torch.promote_types(branch.dtype, residual.dtype))  # a + b
     return Sum(add_act(branch, residual, None, factors))
@@ -143,7 +164,7 @@ class PreActBasicBlock(nn.Module):
         inplanes, planes, stride, groups, base_width, dilation, norm_layer: as for BasicBlock.
         downsample: module for the shortcut, applied to h (a 1x1 convolution without norm).
         dropout: probability of dropout before conv2 (Wide ResNet, Zagoruyko and Komodakis 2016).
-        drop_path, residual: as for BasicBlock.
+        drop_path, residual, residual_scale: as for BasicBlock.
 
     Raises:
         ValueError, NotImplementedError, TypeError: as BasicBlock; a dropout outside [0, 1].
@@ -165,6 +186,7 @@ class PreActBasicBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float | DropPath = 0.0,
         residual: bool = True,
+        residual_scale: ResidualScale | None = None,
     ):
         super().__init__()
         if groups != 1 or base_width != 64:
@@ -174,7 +196,7 @@ class PreActBasicBlock(nn.Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: wanted a probability from 0 to 1, got {dropout}")
         norm_layer = norm_layer or nn.BatchNorm2d
-        set_shortcut(self, downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual, residual_scale)
         self.norm1 = norm_layer(inplanes)
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.norm2 = norm_layer(planes)
@@ -219,11 +241,12 @@ class PreActBottleneck(nn.Module):
         *,
         drop_path: float | DropPath = 0.0,
         residual: bool = True,
+        residual_scale: ResidualScale | None = None,
     ):
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        set_shortcut(self, downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual, residual_scale)
         self.norm1 = norm_layer(inplanes)
         self.conv1 = conv1x1(inplanes, width)
         self.norm2 = norm_layer(width)
@@ -272,7 +295,7 @@ def _block(
         drop = block.dropout
         if drop is not None and (drop.training or hooked(drop) is not None):
             x = drop(materialise(x))
-        y = add_convolution(x, last, residual, scale, stats)
+        y = add_convolution(x, last, residual, scale, stats, block.residual_scale)
     else:
         y = Sum(residual)
     for batch in batches:  # last: an error above leaves the running statistics as they were

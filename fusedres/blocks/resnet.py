@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .chain import Triple, activate_copy, chain, settled, shortcut
 from .drop_path import DropPath, set_shortcut
 from .layers import SqueezeExcite
+from .recognise import hooked
+from .residual_scale import ResidualScale
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1):
@@ -31,6 +33,7 @@ class _Block(nn.Module):
     downsample: nn.Module | None
     drop_path: DropPath | None
     residual: bool
+    residual_scale: ResidualScale | None
 
     def __new__(cls, *args, **kwargs):
         _adopt_torchvision(cls)
@@ -44,8 +47,15 @@ class _Block(nn.Module):
         runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
         if not runs:
             return activate_copy(settled(projected), self.relu)
-        se = getattr(self, "se", None)
-        return chain(x, *triples, se=se, residual=projected, scale=scale)
+        se, scaling = getattr(self, "se", None), self.residual_scale
+        if scaling is None:
+            return chain(x, *triples, se=se, residual=projected, scale=scale)
+        if se is None and scaling.shortcut == 1 and hooked(scaling) is None:
+            gain = scaling.weight
+            return chain(x, *triples, residual=projected, scale=scale, gain=gain)
+        branch = chain(x, *triples[:-1], (*triples[-1][:2], None), se=se)
+        y = scaling(branch, settled(projected), None if scale is None else scale(branch))
+        return activate_copy(y, self.relu)
 
     def zero_init_last(self) -> None:
         """Start as the identity: the last norm's weight is set to zero (timm's hook)."""
@@ -75,6 +85,7 @@ class BasicBlock(_Block):
         norm_layer: called with a number of channels; default nn.BatchNorm2d.
         drop_path: stochastic depth: a probability, or a DropPath.
         residual: False leaves the shortcut out: a plain network, for comparison.
+        residual_scale: a ResidualScale of the branch and the shortcut.
 
     Raises:
         ValueError: groups or base_width is not 1 and 64; a drop_path outside [0, 1]; a downsample
@@ -98,6 +109,7 @@ class BasicBlock(_Block):
         *,
         drop_path: float | DropPath = 0.0,
         residual: bool = True,
+        residual_scale: ResidualScale | None = None,
     ):
         nn.Module.__init__(self)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -110,7 +122,7 @@ class BasicBlock(_Block):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
-        set_shortcut(self, downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual, residual_scale)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +158,7 @@ class Bottleneck(_Block):
         *,
         drop_path: float | DropPath = 0.0,
         residual: bool = True,
+        residual_scale: ResidualScale | None = None,
     ):
         nn.Module.__init__(self)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -157,7 +170,7 @@ class Bottleneck(_Block):
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        set_shortcut(self, downsample, drop_path, residual)
+        set_shortcut(self, downsample, drop_path, residual, residual_scale)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:

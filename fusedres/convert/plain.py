@@ -43,6 +43,9 @@ def _add_shortcut(block: nn.Module, branch: Callable[[], Tensor], x: Tensor) -> 
     shortcut = x.clone() if block.downsample is None else block.downsample(x)
     if not runs:
         return block.relu(shortcut)
+    if block.residual_scale is not None:
+        out = block.residual_scale.of_branch(out)
+        shortcut = shortcut * block.residual_scale.shortcut
     return block.relu(out + shortcut.to(out.dtype))  # torchvision adds into the branch: its dtype
 
 
@@ -61,6 +64,9 @@ def preact_block(self: nn.Module, x: Tensor) -> Tensor:
         out = self.conv2(out if self.dropout is None else self.dropout(out))
     if scale is not None:
         out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
+    if self.residual_scale is not None:
+        out = self.residual_scale.of_branch(out)
+        shortcut = shortcut * self.residual_scale.shortcut
     return out + shortcut if self.residual else out
 
 
@@ -99,6 +105,15 @@ def squeeze_excite(
     return _add_act(self._modules_only(x), residual, post_act)
 
 
+def residual_scale(
+    self: nn.Module, branch: Tensor, x: Tensor, scale: Tensor | None = None, act: str = "identity"
+) -> Tensor:
+    branch = self.of_branch(branch)
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
+    return ACTIVATIONS[act](branch + x * self.shortcut)
+
+
 def _add_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     return ACTIVATIONS[act or "identity"](x if residual is None else x + residual.to(x.dtype))
 
@@ -107,6 +122,7 @@ RECIPES = (
     Recipe("fusedres.blocks.resnet.BasicBlock", reads=None, forward=basic_block),
     Recipe("fusedres.blocks.resnet.Bottleneck", reads=None, forward=bottleneck),
     Recipe("fusedres.models.ResNet", reads=None, forward=resnet),
+    Recipe("fusedres.blocks.residual_scale.ResidualScale", reads=None, forward=residual_scale),
     Recipe("fusedres.blocks.preact.PreActBasicBlock", reads=None, forward=preact_block),
     Recipe("fusedres.blocks.preact.PreActBottleneck", reads=None, forward=preact_block),
     Recipe("fusedres.blocks.preact.PreActStage", reads=None, forward=preact_stage),

@@ -1,0 +1,102 @@
+"""Scaled residuals: learnable factors on the branch, a constant one on the shortcut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import functional as F
+from .. import reference
+from .recognise import Norm, wants_grad
+
+_products = WeakTensorKeyDictionary()  # gain -> the weight and bias it was last folded into
+
+
+class ResidualScale(nn.Module):
+    """``weight * branch + shortcut * x``, in the pass that adds the two.
+
+    LayerScale: ``ResidualScale(channels, init=1e-6)`` (Touvron et al. 2021). SkipInit and ReZero:
+    ``ResidualScale()``, one number that starts at zero (De and Smith 2020; Bachlechner et al.
+    2021). ``x / L + f(x)``: ``ResidualScale(init=1.0, shortcut=1 / L, learnable=False)``.
+
+    In a block (``residual_scale=``) behind a batch norm, ``weight`` becomes part of the norm's
+    affine map; it costs nothing there.
+
+    Args:
+        channels: C for a weight of each channel; None for one number.
+        init: the weight's first value.
+        shortcut: a constant factor of the shortcut.
+        learnable: whether ``weight`` is a parameter, or a buffer.
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        init: float = 0.0,
+        shortcut: float = 1.0,
+        learnable: bool = True,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels: wanted None or a number >= 1, got {channels}")
+        weight = torch.full((channels or 1,), float(init), device=device, dtype=dtype)
+        if learnable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+        self.shortcut = float(shortcut)
+
+    def forward(
+        self, branch: Tensor, x: Tensor, scale: Tensor | None = None, act: str = "identity"
+    ) -> Tensor:
+        """``act(scale * weight * branch + shortcut * x)``; ``scale`` [N] is stochastic depth's."""
+        if isinstance(branch, torch.fx.Proxy):
+            return reference.ACTIVATIONS[act](self.of_branch(branch) + x * self.shortcut)
+        factors = dict(weight=self.weight, shortcut_weight=self.of_shortcut(branch))
+        return F.residual_add(branch, x.to(branch.dtype), **factors, scale=scale, act=act)
+
+    def of_branch(self, branch: Tensor) -> Tensor:
+        """``weight * branch``."""
+        return branch * self.weight.to(branch.dtype).view(-1, *[1] * (branch.dim() - 2))
+
+    def of_shortcut(self, branch: Tensor) -> Tensor | None:
+        """The shortcut's factor as a tensor, None for one."""
+        if self.shortcut == 1:
+            return None
+        return torch.full((1,), self.shortcut, dtype=self.weight.dtype, device=branch.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, shortcut={self.shortcut:.3g}"
+
+
+def scaled_norm(norm: Norm, gain: Tensor, channels: int) -> Norm:
+    """The batch norm whose result is ``gain`` times that of ``norm``."""
+    weight = gain.expand(channels) if norm.weight is None else norm.weight * gain
+    bias = None if norm.bias is None else norm.bias * gain
+    if not wants_grad(weight, bias) and not torch.compiler.is_compiling():
+        weight, bias = _same_as_last(gain, weight, bias)
+    return replace(norm, weight=weight, bias=bias)
+
+
+def _same_as_last(gain: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+    """The tensors of the last call where they are equal: a packed weight knows them by identity."""
+    last = _products.get(gain)
+    if last is not None and all(map(_equal, last, (weight, bias))):
+        return last
+    with torch.inference_mode(False):
+        found = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    _products[gain] = found
+    return found
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
