@@ -123,6 +123,11 @@ def _warn_of_plain_pytorch(x: Tensor, reasons: list[str]) -> None:
         _warn_once(f"fusedres runs plain PyTorch: {reasons[1]}")
 
 
+def has_kernel(op: str, x: Tensor, instead: str) -> bool:
+    """Whether ``op`` is as good a choice as ``instead``: both have a kernel for ``x``, or none."""
+    return choose(op, x).backend != "reference" or choose(instead, x).backend == "reference"
+
+
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

@@ -115,6 +115,8 @@ def add_convolution(
         return Sum(y)
     prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE
     y = dense(conv_stats.op(x, *prologue, weight, bias, *geometry, False)[0])
+    if not dispatch.has_kernel("residual_add", y, instead="residual_mix"):
+        return _added(y, residual, scale, scaling)
     residual = residual.contiguous(memory_format=conv_memory_format(x, weight))
     rows = None if scale is None else scale(y).view(-1, 1)
     gain = shortcut_gain = None

@@ -58,7 +58,10 @@ def tail(
     if residual is not None:
         if value(residual).shape != out or value(residual).device != x.device:
             return None
-        if isinstance(residual, Pending) and residual.raw.dtype == x.dtype:
+        joint = dispatch.has_kernel("residual_add", x, instead="bn_act")
+        if scale is not None and not joint:
+            return None
+        if joint and isinstance(residual, Pending) and residual.raw.dtype == x.dtype:
             *side, batch_stats, eps, _ = residual.prologue
             side_norm, residual = (batch_stats, eps), residual.raw
         layout = conv_memory_format(x, weight)
