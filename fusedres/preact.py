@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .blocks import DropPath, PreActBasicBlock, PreActBottleneck, PreActStage
 from .blocks.drop_path import linear_decay
-from .blocks.preact import Sum, advance, norm_relu
+from .blocks.preact import advance
+from .blocks.preact_sum import Sum, norm_relu
 from .blocks.resnet import conv1x1
 from .blocks.unit import materialise, track
 
