@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..blocks.transformer import drop_path_rows
 from .recipe import Recipe
 
 
@@ -31,9 +32,7 @@ def dense_features(self: nn.Module, x: Tensor, act: str = "identity") -> Tensor:
 def add_norm(self: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     x = F.dropout(x, self.dropout, self.training)
     if self.training and self.drop_path:
-        samples = [n if d == self.batch_dim else 1 for d, n in enumerate(x.shape)]
-        keep = 1 - self.drop_path
-        x = x * x.new_empty(samples).bernoulli_(keep).div_(keep or 1)
+        x = drop_path_rows(x, self.drop_path, self.batch_dim)
     total = residual + x
     norm = nn.LayerNorm if isinstance(self, nn.LayerNorm) else nn.RMSNorm
     return norm.forward(self, total), total
