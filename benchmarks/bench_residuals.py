@@ -178,14 +178,16 @@ CASES: dict[str, Callable[[], Competitors]] = {
 }
 
 
-def interleaved(competitors: Competitors, rounds: int) -> dict[str, float]:
+def interleaved(
+    competitors: Competitors, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each; one round runs all of them, so that noise meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, step in competitors.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -215,13 +217,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--cpu-time", action="store_true",
+        help="the process's time on one thread: for a machine that has other work",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
     for name in args.names or CASES:
         if name not in CASES:
             parser.error(f"unknown case {name!r}; there are: {', '.join(CASES)}")
         competitors = CASES[name]()
         check(competitors)
-        medians = interleaved(competitors, args.rounds)
+        medians = interleaved(competitors, args.rounds, clock)
         ours = medians["fusedres"]
         figures = (f"{n} {1e3 * t:.2f} ms ({t / ours:.2f}x)" for n, t in medians.items())
         print(f"{name}: {', '.join(figures)}", flush=True)
