@@ -18,7 +18,7 @@ from .blocks.unit import activate
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201"]
 
 
-class _Features(nn.Sequential):
+class Features(nn.Sequential):
     """torchvision's ``features``, and the activation behind it: the stem is one chain, norm5 and
     the activation one pass."""
 
@@ -66,7 +66,7 @@ class DenseNet(nn.Module):
             relu0=nn.ReLU(inplace=True),
             pool0=nn.MaxPool2d(3, 2, 1),
         )
-        self.features = _Features(stem)
+        self.features = Features(stem)
         for i, layers in enumerate(block_config):
             self.features.add_module(
                 f"denseblock{i + 1}",

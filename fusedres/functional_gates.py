@@ -17,8 +17,8 @@ def highway(parts: Tensor, input: Tensor, *, act: str = "relu", coupled: bool = 
     """``act(h) * sigmoid(t) + input * (1 - sigmoid(t))``, uncoupled ``... + input * sigmoid(c)``.
 
     Args:
-        parts: [N, 2C, ...] (uncoupled 3C), or [..., 2C] where input is [..., C] of 2 dimensions:
-            h, t and c along the channels, as one layer computed them.
+        parts: [N, 2C, ...] (uncoupled 3C): h, t and c along the channels, as one layer computed
+            them.
         input: [N, C, ...].
         act: activation of h, as in ``batch_norm_act``.
         coupled: whether the carry gate is 1 - t.

@@ -121,7 +121,7 @@ def test_opcheck(layout):
 
 @backends
 @layouts
-@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5)], ids=str)
 def test_empty_batch(shape, layout, backend):
     fused, plain = (m.eval() for m in block_pair(4))
     with fusedres.backend(backend):

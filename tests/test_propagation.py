@@ -26,7 +26,7 @@ class PreActBlock(nn.Module):
         return self.scale * x + self.conv(self.act(self.norm(x)))
 
 
-class Projection(PreActBlock):
+class ProjectionBlock(PreActBlock):
     def __init__(self, inplanes: int, planes: int):
         super().__init__(inplanes)
         self.shortcut = nn.Conv2d(inplanes, planes, 1)
@@ -62,7 +62,7 @@ def test_norms_and_sums_are_those_of_the_formula():
 
 
 def test_projections_end_a_run():
-    model = nn.Sequential(PreActBlock(4), PreActBlock(4), Projection(4, 6), PreActBlock(6))
+    model = nn.Sequential(PreActBlock(4), PreActBlock(4), ProjectionBlock(4, 6), PreActBlock(6))
     found = fusedres.propagation(model, randn((2, 4, 5, 5)))
     assert [b.kind for b in found.blocks] == ["identity", "identity", "projection", "identity"]
     assert [r.blocks for r in found.runs] == [("0", "1"), ("3",)]

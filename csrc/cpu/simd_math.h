@@ -9,8 +9,8 @@ namespace FUSEDRES_ISA {
 
 // exp(x) = 2^k * (1 + p): k = round(x / ln 2), p = exp(r) - 1 by its Taylor series in
 // r = x - k * ln 2, |r| <= 0.35. ln 2 is taken in two parts whose product with k is exact in the
-// first (Cody and Waite 1980, chapter 6). Measured on 4 million arguments against float64 and
-// against numpy's longdouble: at most 1.5 units in the last place.
+// first (Cody and Waite 1980, chapter 6). Measured against long double on 131072 arguments: sigmoid
+// within 2.3 units in the last place (torch.sigmoid: 2.3), tanh within 2.5 (torch.tanh: 0.8).
 template <typename S>
 struct ExpOf;
 template <>

@@ -166,6 +166,10 @@ def _halves_of(x: Tensor, layers: list[nn.Module]) -> list[tuple[Half, Half]] | 
         return f"the input is {x.dtype}: concatenated with autocast's results it stays so"
     found, channels = [], x.shape[1] if x.dim() > 1 else 0
     for layer in layers:
+        kind = type(layer)
+        peer = (kind.__module__, kind.__name__) == ("torchvision.models.densenet", "_DenseLayer")
+        if kind.forward is not DenseLayer.forward and not peer:
+            return f"{kind.__name__} has a forward of its own"
         if (reason := hooked(layer)) is not None:
             return reason
         if layer.training and layer.drop_rate:

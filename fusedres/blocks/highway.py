@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import checks
 from .. import functional as F
 from ..ops import conv_stats
+from .training import NO_PROLOGUE
 from .unit import autocasts
 
 
@@ -128,6 +129,5 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    nothing = (None, None, None, None, False, 0.0, "identity")
     padding = [weight.shape[2] // 2] * 2
-    return conv_stats.op(x, *nothing, weight, bias, [1, 1], padding, [1, 1], 1, False)[0]
+    return conv_stats.op(x, *NO_PROLOGUE, weight, bias, [1, 1], padding, [1, 1], 1, False)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -47,10 +48,10 @@ class ResidualMLP(nn.Module):
         before = None
         for layer in self.layers:
             branch = layer(x)
-            x = x.to(branch.dtype)
-            shortcut = x if before is None else x + before.to(branch.dtype)
+            shortcut = x if before is None else x + before
             before = x if self.cross_coupled else None
-            x = F.residual_mix(branch, shortcut, act=self.act)
+            dtype = torch.promote_types(branch.dtype, shortcut.dtype)
+            x = F.residual_mix(branch.to(dtype), shortcut.to(dtype), act=self.act)
         return x.view(shape)
 
     def extra_repr(self) -> str:

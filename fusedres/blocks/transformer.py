@@ -186,6 +186,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _drop(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
-        zero = torch.zeros((), dtype=branch.dtype, device=branch.device).expand(branch.shape)
-        drops = self._drops(self.dropout1, branch) | dict(dropout=0.0)
-        return F.dropout_add(branch, zero, **drops)
+        return drop_path_rows(branch, self.drop_path, 0 if self.self_attn.batch_first else 1)
+
+
+def drop_path_rows(x: Tensor, p: float, batch_dim: int) -> Tensor:
+    """Drop path in plain PyTorch: the random numbers of ``dropout_add``, in a pass of its own."""
+    samples = [n if d == batch_dim else 1 for d, n in enumerate(x.shape)]
+    survivors = x.new_empty(samples).bernoulli_(1 - p)
+    return x * (survivors if p == 1 else survivors / (1 - p))

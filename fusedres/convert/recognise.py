@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from . import huggingface, plain, sequential, timm, torchvision
+from . import huggingface, plain, plain_residuals, sequential, timm, torchvision
 from .recipe import Recipe, recipe_of
 
 FUSING: tuple[Recipe, ...] = (
@@ -15,7 +15,7 @@ FUSING: tuple[Recipe, ...] = (
     *huggingface.RECIPES,
     *sequential.RECIPES,
 )
-UNFUSING: tuple[Recipe, ...] = plain.RECIPES
+UNFUSING: tuple[Recipe, ...] = (*plain.RECIPES, *plain_residuals.RECIPES)
 
 
 def fusing_recipe(module: nn.Module) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""torchvision: residual blocks of ResNet and RegNet, ResNet's stem, squeeze-excite.
+"""torchvision: blocks of ResNet, RegNet and DenseNet, ResNet's stem, squeeze-excite.
 
 ``Conv2dNormActivation`` and ``BottleneckTransform`` are Sequentials: ``sequential`` runs them.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..blocks.densenet import pre_norm_conv, run_dense_block
 from ..blocks.recognise import SE
 from .forwards import pointwise_se, residual_block, run, squeeze_excite_forward
 from .recipe import Recipe
@@ -38,6 +39,18 @@ def regnet_block(self: nn.Module, x: Tensor) -> Tensor:
     return residual_block(x, (self.f,), skip=self.proj, act=self.activation, promotes=True)
 
 
+def dense_block(self: nn.Module, init_features: Tensor) -> Tensor:
+    return run_dense_block(init_features, list(self.values()))
+
+
+def transition(self: nn.Module, x: Tensor) -> Tensor:
+    return self.pool(pre_norm_conv(x, self.norm, self.relu, self.conv))
+
+
+def _is_transition(module: nn.Module) -> bool:
+    return [name for name, _ in module.named_children()] == ["norm", "relu", "conv", "pool"]
+
+
 def squeeze_excite(module: nn.Module) -> SE | str:
     return pointwise_se(
         module.fc1, module.activation, module.fc2, module.scale_activation, module.avgpool
@@ -65,6 +78,17 @@ RECIPES = (
         "torchvision.models.regnet.ResBottleneckBlock",
         reads="proj f activation",
         forward=regnet_block,
+    ),
+    Recipe(
+        "torchvision.models.densenet._DenseBlock",
+        reads="items append torch cat",
+        forward=dense_block,
+    ),
+    Recipe(
+        "torchvision.models.densenet._Transition",
+        reads=None,  # nn.Sequential's own forward
+        forward=transition,
+        suits=_is_transition,
     ),
     Recipe(
         "torchvision.ops.misc.SqueezeExcitation",

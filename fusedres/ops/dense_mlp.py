@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from .. import reference
+from .. import dispatch, reference
 from .define import vjp
 
 
@@ -26,9 +26,27 @@ def dense_mlp(x: Tensor, *parameters: Tensor | None, act: str) -> Tensor:
     traced = torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
     if traced or torch._C._are_functorch_transforms_active():
         return _plain(act, x, *parameters)
+    _notify(x, parameters)
     if not torch.is_grad_enabled():
         return _forward(act, x, parameters)
     return _DenseMLP.apply(act, x, *parameters)
+
+
+def _notify(x: Tensor, parameters) -> None:
+    """Eager concatenates, RW of everything so far, before each layer but the first."""
+    if not dispatch.observed():
+        return
+    weights = parameters[::2]
+    read = sum(x.shape[0] * w.shape[1] + w.numel() for w in weights)
+    written = sum(x.shape[0] * w.shape[0] for w in weights)
+    concatenated = 2 * sum(x.shape[0] * (w.shape[1] + w.shape[0]) for w in weights)
+    size = x.element_size()
+    moved, reason = (read + written) * size, "products of aten, on one buffer"
+    dispatch.notify(
+        dispatch.Event(
+            "dense_mlp", "aten", reason, len(weights), moved, moved + concatenated * size
+        )
+    )
 
 
 def _plain(act: str, x: Tensor, *parameters: Tensor | None) -> Tensor:

@@ -13,36 +13,17 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .probe import Block, Probe, norm, relative, tolerance
 from .table import render
 
 _BLOCK = re.compile(r"Block|Bottleneck|Highway|EncoderLayer|ResidualUnit")
-_SHORTCUTS = ("downsample", "shortcut", "proj", "skip", "identity")
-_ROUNDINGS = 8.0  # of the largest norm that a sum is made of, for each term
-
-
-@dataclass(frozen=True)
-class Block:
-    """One residual block. Norms are L2; a figure that the block does not have is None.
-
-    ``kind``: "identity" (y = x + F), "projection" (y = s(x) + F), "post-activation"
-    (y = act(s(x) + F)), or "other": F is then the difference of output and shortcut.
-    """
-
-    name: str
-    kind: str
-    x: float
-    f: float
-    dx: float
-    df: float | None
-    forward_error: float | None
-    backward_error: float | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +129,7 @@ def propagation(
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     model = copy.deepcopy(model).requires_grad_()
     wanted = dict(_blocks_of(model, blocks or _is_block))
-    probes = {name: _Probe(block) for name, block in wanted.items()}
+    probes = {name: Probe(block) for name, block in wanted.items()}
     order: list[str] = []
     with torch.random.fork_rng(), torch.enable_grad(), contextlib.ExitStack() as stack:
         for name, probe in probes.items():
@@ -188,128 +169,7 @@ def _scalar(result, loss) -> Tensor:
     )
 
 
-@dataclass
-class _Probe:
-    """Watches one block: what goes in and out, what its branch returns, and all gradients."""
-
-    module: nn.Module
-    x: Tensor | None = None
-    y: Tensor | None = None
-    shortcut: Tensor | None = None
-    entry: Tensor | None = None  # x as the branch's first module got it
-    f: Tensor | None = None  # the branch's result, where a module returned it
-    results: list[Tensor] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def watching(self, name: str, order: list[str]) -> Iterator[None]:
-        inner = [
-            (path, m) for path, m in self.module.named_modules()
-            if path and next(m.children(), None) is None
-        ]  # fmt: skip
-        shortcuts = [m for n, m in self.module.named_children() if n in _SHORTCUTS]
-        handles = [
-            self.module.register_forward_pre_hook(lambda m, args: self._enter(args, name, order)),
-            self.module.register_forward_hook(lambda m, args, y: self._leave(y)),
-            *(m.register_forward_hook(lambda m, args, s: self._shortcut(s)) for m in shortcuts),
-        ]
-        for path, m in inner:
-            if path.partition(".")[0] not in _SHORTCUTS:
-                handles.append(m.register_forward_pre_hook(lambda m, args: self._begin(args)))
-                handles.append(m.register_forward_hook(lambda m, args, out: self._result(out)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, args: tuple, name: str, order: list[str]):
-        if not args or not isinstance(args[0], Tensor):
-            return None
-        order.append(name)
-        # A copy of its own, so that no module's work in place reaches what is measured.
-        self.x = _watched(args[0])
-        return self.x, *args[1:]
-
-    def _begin(self, args: tuple):
-        if self.entry is not None or not args or args[0] is not self.x:
-            return None
-        self.entry = _watched(args[0])
-        return self.entry.clone(), *args[1:]
-
-    def _result(self, out):
-        if not isinstance(out, Tensor) or not out.requires_grad:
-            return None
-        self.results.append(_watched(out))
-        return self.results[-1].clone()
-
-    def _shortcut(self, out) -> None:
-        if isinstance(out, Tensor):
-            self.shortcut = out.detach().clone()
-
-    def _leave(self, y) -> None:
-        if isinstance(y, Tensor):
-            self.y = y.detach().clone()
-
-    def block(self, name: str) -> Block:
-        x = self.x.detach()
-        identity = self.shortcut is None
-        shortcut = x if identity else self.shortcut
-        branch, kind = self._branch(shortcut, identity)
-        self.f, sums = branch, kind == "identity"
-        if branch is not None:
-            f = branch.detach()
-        else:
-            f = self.y - shortcut if self.y.shape == shortcut.shape else self.y
-        return Block(
-            name, kind, _norm(x), _norm(f), _norm(self.x.grad),
-            None if branch is None else _norm(branch.grad),
-            _relative(self.y - (x + f), self.y) if sums else None,
-            self._backward_error(branch) if sums else None,
-        )  # fmt: skip
-
-    def _branch(self, shortcut: Tensor, identity: bool) -> tuple[Tensor | None, str]:
-        """The module result that the shortcut is added to, and what that makes of the block."""
-        for out in reversed(self.results):
-            if out.shape != self.y.shape or shortcut.shape != self.y.shape:
-                continue
-            total = shortcut + out.detach()
-            allowed = _tolerance(self.y, 2, _norm(shortcut), _norm(out))
-            if _relative(self.y - total, self.y) <= allowed:
-                return out, "identity" if identity else "projection"
-            if _relative(self.y - total.relu(), self.y) <= allowed:
-                return out, "post-activation"
-        return None, "other"
-
-    def _backward_error(self, branch: Tensor) -> float | None:
-        """``dx = dy + dF/dx * dy``: dy is what arrives at the branch's end, which was added."""
-        if self.entry is None or self.entry.grad is None or branch.grad is None:
-            return None
-        total = branch.grad + self.entry.grad
-        return _relative(self.x.grad - total, self.x.grad)
-
-
-def _watched(x: Tensor) -> Tensor:
-    """A copy whose gradient is kept."""
-    x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-    x.retain_grad()
-    return x
-
-
-def _norm(x: Tensor | None) -> float:
-    return 0.0 if x is None else x.detach().double().norm().item()
-
-
-def _relative(difference: Tensor, whole: Tensor) -> float:
-    return _norm(difference) / (_norm(whole) or 1.0)
-
-
-def _tolerance(whole: Tensor, terms: int, *norms: float) -> float:
-    """What the roundings of a sum of ``terms`` may be of its result, relative."""
-    largest = max(1.0, *(n / (_norm(whole) or 1.0) for n in norms))
-    return _ROUNDINGS * terms**0.5 * torch.finfo(whole.dtype).eps * largest
-
-
-def _runs(blocks: tuple[Block, ...], probes: list[_Probe]) -> Iterator[Run]:
+def _runs(blocks: tuple[Block, ...], probes: list[Probe]) -> Iterator[Run]:
     """Maximal runs of identity mappings, each of which reads what the one before wrote."""
     at = 0
     while at < len(blocks):
@@ -323,16 +183,16 @@ def _runs(blocks: tuple[Block, ...], probes: list[_Probe]) -> Iterator[Run]:
         at = max(end, at + 1)
 
 
-def _run(blocks: tuple[Block, ...], probes: list[_Probe]) -> Run:
+def _run(blocks: tuple[Block, ...], probes: list[Probe]) -> Run:
     first, last = probes[0], probes[-1]
     total = sum((p.f.detach().double() for p in probes), first.x.detach().double())
-    tolerance = _tolerance(last.y, 1 + len(blocks), *(b.x for b in blocks), *(b.f for b in blocks))
+    allowed = tolerance(last.y, 1 + len(blocks), *(b.x for b in blocks), *(b.f for b in blocks))
     backward = None
     if all(b.backward_error is not None for b in blocks):
         # Nothing follows the last addition: what arrives at its branch's result is dx_L.
         dtotal = sum((p.entry.grad.double() for p in probes), last.f.grad.double())
-        backward = _relative(first.x.grad - dtotal, first.x.grad)
-        norms = [_norm(p.entry.grad) for p in probes]
-        tolerance = max(tolerance, _tolerance(first.x.grad, 1 + len(blocks), *norms))
+        backward = relative(first.x.grad - dtotal, first.x.grad)
+        norms = [norm(p.entry.grad) for p in probes]
+        allowed = max(allowed, tolerance(first.x.grad, 1 + len(blocks), *norms))
     names = tuple(b.name for b in blocks)
-    return Run(names, _relative(last.y - total, last.y), backward, tolerance)
+    return Run(names, relative(last.y - total, last.y), backward, allowed)

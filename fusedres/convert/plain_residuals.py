@@ -1,0 +1,98 @@
+"""Dense blocks, transformer residuals and gated residuals without this library's ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..blocks.transformer import drop_path_rows
+from .recipe import Recipe
+
+
+def dense_layer(self: nn.Module, input: Tensor | list[Tensor]) -> Tensor:
+    x = torch.cat(input, 1) if isinstance(input, list | tuple) else input
+    x = self.conv1(self.relu1(self.norm1(x)))
+    x = self.conv2(self.relu2(self.norm2(x)))
+    return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+
+
+def dense_block(self: nn.Module, init_features: Tensor) -> Tensor:
+    features = [init_features]
+    for layer in self.values():
+        features.append(layer(features))
+    return torch.cat(features, 1)
+
+
+def dense_features(self: nn.Module, x: Tensor, act: str = "identity") -> Tensor:
+    return reference.ACTIVATIONS[act](nn.Sequential.forward(self, x))
+
+
+def add_norm(self: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    x = F.dropout(x, self.dropout, self.training)
+    if self.training and self.drop_path:
+        x = drop_path_rows(x, self.drop_path, self.batch_dim)
+    total = residual + x
+    norm = nn.LayerNorm if isinstance(self, nn.LayerNorm) else nn.RMSNorm
+    return norm.forward(self, total), total
+
+
+def encoder_layer(self: nn.Module, *args, **kwargs) -> Tensor:
+    return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
+
+
+def highway(self: nn.Module, x: Tensor) -> Tensor:
+    if self.weight.dim() == 4:
+        parts = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[2] // 2)
+    else:
+        parts = F.linear(x, self.weight, self.bias)
+    h, t, *c = parts.split(self.channels, 1 if self.weight.dim() == 4 else -1)
+    t = torch.sigmoid(t)
+    carry = 1 - t if self.coupled else torch.sigmoid(*c)
+    return reference.ACTIVATIONS[self.act](h) * t + x.to(h.dtype) * carry
+
+
+def lstm_cell(self: nn.Module, input: Tensor, hx=None) -> tuple[Tensor, Tensor]:
+    if hx is None:
+        hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
+    gates = F.linear(input, self.weight_ih, self.bias_ih)
+    gates = gates + F.linear(hx[0], self.weight_hh, self.bias_hh)
+    i, *f, g, o = gates.to(hx[1].dtype).split(self.hidden_size, -1)
+    kept = torch.sigmoid(*f) * hx[1] if self.forget_gate else hx[1]
+    c = kept + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def residual_mlp(self: nn.Module, x: Tensor) -> Tensor:
+    before = 0
+    for layer in self.layers:
+        z = layer(x) + x + before
+        before = x if self.cross_coupled else 0
+        x = reference.ACTIVATIONS[self.act](z)
+    return x
+
+
+def dense_mlp(self: nn.Module, x: Tensor) -> Tensor:
+    for layer in self.layers:
+        x = torch.cat([x, reference.ACTIVATIONS[self.act](layer(x))], -1)
+    return self.output(x)
+
+
+_FORWARDS = {
+    "blocks.densenet.DenseLayer": dense_layer,
+    "blocks.densenet.DenseBlock": dense_block,
+    "blocks.densenet.Transition": nn.Sequential.forward,
+    "densenet.Features": dense_features,
+    "blocks.transformer.AddLayerNorm": add_norm,
+    "blocks.transformer.AddRMSNorm": add_norm,
+    "blocks.transformer.TransformerEncoderLayer": encoder_layer,
+    "blocks.highway.Highway": highway,
+    "blocks.highway.HighwayConv2d": highway,
+    "blocks.lstm.ResidualLSTMCell": lstm_cell,
+    "blocks.mlp.ResidualMLP": residual_mlp,
+    "blocks.mlp.DenselyConnectedMLP": dense_mlp,
+}
+RECIPES = tuple(
+    Recipe(f"fusedres.{name}", reads=None, forward=forward) for name, forward in _FORWARDS.items()
+)
