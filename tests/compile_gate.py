@@ -278,11 +278,12 @@ def failures(found: Found) -> Iterator[str]:
         yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
     if found.job.kernel in STREAMING:
         yield from narrow_accesses(found)
-    if found.job.kernel in TENSOR_CORES and not any("MMA" in name for name in found.counts):
+    if found.job.kernel in TENSOR_CORES and not any(name.startswith(MMA) for name in found.counts):
         yield "no tensor-core instruction"
 
 
 TENSOR_CORES = ("se_mlp_kernel",)
+MMA = ("HMMA", "HGMMA", "UTC")  # of sm_80 and sm_120, sm_90, sm_100; HFMA2.MMA is none
 
 # Kernels that stream activations, and which of their pointers they write activations to.
 STREAMING = {
