@@ -38,7 +38,7 @@ BENCH_READY := $(STAMPS)/bench
 LINT_READY := $(STAMPS)/lint
 endif
 
-.PHONY: help demo test build lint lint-python lint-cpp format bench sanitize wheel clean
+.PHONY: help demo test build lint lint-python lint-cpp format bench gate sanitize wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -67,6 +67,9 @@ format: $(LINT_READY) ## rewrite the sources in the house style
 
 bench: build $(BENCH_READY) ## run a few minutes of benchmarks; FULL=1: all of them, for hours
 	$(PY) -m fusedres bench $(ARGS)
+
+gate: build $(TEST_READY) ## compile the Triton kernels for every GPU generation; print what they cost
+	$(PY) tests/compile_gate.py $(ARGS)
 
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \

@@ -113,6 +113,11 @@ def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
     ops.bn_act_backward(x, x, c, c, None, *args, True)
     args = mean, var, mask[:0, 0], True, 1e-5, "relu"
     ops.bn_act_backward(x, x, c, c, None, *args, False)
+    if nhwc:  # in one launch each
+        x, c = meta((16, 2048, 7, 7), dtype, nhwc), meta(2048)
+        ops.bn_stats(x)
+        _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
+        ops.bn_act_backward(x, x, c, c, None, mean, var, mask, True, 1e-5, "relu", True)
 
 
 def squeeze_excite_calls(dtype: torch.dtype, nhwc: bool) -> None:
@@ -273,11 +278,18 @@ def failures(found: Found) -> Iterator[str]:
         yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
     if found.job.kernel in STREAMING:
         yield from narrow_accesses(found)
+    if found.job.kernel in TENSOR_CORES and not any(name.startswith(MMA) for name in found.counts):
+        yield "no tensor-core instruction"
 
+
+TENSOR_CORES = ("se_mlp_kernel",)
+MMA = ("HMMA", "HGMMA", "UTC")  # of sm_80 and sm_120, sm_90, sm_100; HFMA2.MMA is none
 
 # Kernels that stream activations, and which of their pointers they write activations to.
 STREAMING = {
     "bn_stats_kernel": (),
+    "bn_act_fwd_whole_kernel": ("y_ptr",),
+    "bn_act_bwd_whole_kernel": ("dx_ptr", "dresidual_ptr"),
     "stream_fwd_apply_kernel": ("y_ptr",),
     "stream_bwd_reduce_kernel": (),
     "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),

@@ -239,5 +239,5 @@ def test_triton_is_imported_only_to_run_it():
 def test_without_triton_everything_runs_and_says_why():
     told = run(WITHOUT + LAZY, TRITON_INTERPRET="1")
     assert "backend 'triton' cannot run" in told and "Triton is not installed" in told
-    doctor = "from fusedres.report import doctor; print(*doctor.examine(), sep='\n')"
+    doctor = "from fusedres.report import doctor; print(*doctor.examine())"
     assert re.search("Triton.*not installed", run(WITHOUT + doctor))

@@ -54,7 +54,9 @@ def to(device: str, tensors: Tensors) -> Tensors:
 
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch):
-    """Reducing passes split small tensors as they split large ones: tiles, chunks, then a merge."""
-    launch = pytest.importorskip("triton") and triton_kernels.package().module("launch")
+    """Small tensors take the way of large ones: tiles, chunks, then a merge."""
+    pytest.importorskip("triton")
+    launch, bn_act = (triton_kernels.package().module(name) for name in ("launch", "bn_act"))
     monkeypatch.setattr(launch, "TILE_PIXELS", 8)
     monkeypatch.setattr(launch, "REDUCE_PROGRAMS", 6)
+    monkeypatch.setattr(bn_act, "WHOLE_PIXELS", 0)
