@@ -156,6 +156,57 @@ def test_runtimes_see_each_rounds_input_or_are_missing_by_name(make):
         x.normal_()
 
 
+def test_compiled_peers_are_built_and_checked(no_measuring, monkeypatch):
+    def compiled(function, device, mode=None, **how):
+        asked.append((mode, how))
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    asked = []
+    for module in (peers, model_peers):
+        monkeypatch.setattr(module, "compiled", compiled)
+    chosen = peers.Choice(["eager*", "torch.compile*"])
+    modes = [(None, {}), (peers.AUTOTUNE_MODE, {})]
+    work = model_cases.block("BasicBlock", 16, 16, 2, 6)
+    op = op_cases.OPS["bn_act+residual"]
+    names = {OURS, EAGER, peers.COMPILE, peers.MAX_AUTOTUNE}
+    for case, wanted in (
+        (op_cases.case(op, (2, 16, 6, 6), torch.float32, chosen=chosen), names),
+        (model_cases.training_case(work, torch.float32, chosen=chosen), names | {peers.EAGER_NCHW}),
+    ):
+        found = _report(case)
+        assert set(found["competitors"]) == wanted
+        assert found["missing"] == {}
+        assert found["competitors"][peers.COMPILE]["saved"] > 0
+        assert found["competitors"][peers.COMPILE]["launches"] is None
+    assert asked == [*modes, *modes]
+    found = _report(model_cases.inference_case(work, torch.float32, chosen=chosen))
+    assert set(found["competitors"]) == names | {peers.EAGER_NCHW, peers.FREEZING}
+    assert asked[4:] == [*modes, (None, {"options": {"freezing": True}})]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnns_fused_convolution_is_given_what_eager_computes(monkeypatch, residual):
+    """Without a GPU: cuDNN's two calls stood in for by what their schemas say."""
+
+    def relu(x, weight, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    conv = networks.Conv((16, 6, 6), (24, 3, 3), 3, 2, 1, 1)
+    name = "conv_bn_act+residual" if residual else "conv_bn_act"
+    op = conv_cases._conv_bn_act(name, conv)
+    case = conv_cases.conv_case(name, conv, 2, torch.float32, chosen=EAGER_ONLY)
+    torch.manual_seed(0)  # as the case draws
+    tensors = op.tensors((2, *conv.x), torch.float32, cases.CHANNELS_LAST)
+    peer = op.peers[peers.CUDNN](tensors, None, "inference", torch.float32)
+    case.competitors.append(peer)
+    assert case.race(FakeClock()).refused == {}
+
+
 def test_freezing_compiles_code_of_its_own():
     """torch.compile shares code between objects of one class that are compiled alike."""
 
