@@ -144,7 +144,7 @@ def _conv_case(name, conv, dtype, direction, device, chosen) -> Case:
 
 # --- blocks and networks
 
-SLOW = "left out: tens of seconds a call in bfloat16 on this CPU, whose oneDNN cannot convolve it"
+SLOW = "left out: seconds to minutes a call, as this CPU's oneDNN cannot convolve bfloat16"
 
 
 def _crawls(dtype: torch.dtype, device: torch.device) -> bool:
