@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedres.layout import mask_shape
-from fusedres.ops import bn_act, bn_se_act, conv_bn_act, conv_stats, squeeze_excite
+from fusedres.ops import bn_act, bn_se_act, conv_bn_act, conv_stats, residual_add, squeeze_excite
 from fusedres.ops.define import Op
 
 from .networks import Conv, Network, Shape
@@ -113,6 +113,18 @@ class Costs:
             return _kernel("bn_se_act_backward", bn_se_act.backward_op, args, eager)
         args = x, x, None, None, None, None, None, bits, True, EPS, act, dresidual
         return _kernel("bn_act_backward", bn_act.backward_op, args, eager)
+
+    def projected_tail(self, y: Shape) -> list[Kernel]:
+        """Forward and backward where the shortcut's raw result has a batch norm of its own."""
+        x, mask = self.tensor(y), torch.empty(self.bits(y), dtype=torch.uint8, device="meta")
+        norm = *[None] * 2, *[torch.empty(y[0], device="meta")] * 2
+        numbers = True, True, EPS, EPS, "relu"
+        forward = x, *norm, x, *norm, None, *numbers, True, False
+        backward = x, x, *norm, x, *norm, None, mask, *numbers, True, True, True
+        return [
+            _kernel("residual_add", residual_add.op, forward),
+            _kernel("residual_add_backward", residual_add.backward_op, backward),
+        ]
 
     def squeeze_excite(self, y: Shape, squeeze: int) -> Kernel:
         """Squeeze-excite with residual and ReLU on a finished batch norm, in inference."""

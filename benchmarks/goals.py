@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from .measure import Ratio, verdict
-from .peers import COMPILE, EAGER, FREEZING, ONNXRUNTIME, OPENVINO, OURS
+from .peers import (
+    COMPILE,
+    EAGER,
+    EAGER_NCHW,
+    FREEZING,
+    MAX_AUTOTUNE,
+    ONNXRUNTIME,
+    OPENVINO,
+    OURS,
+    TENSORRT,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Goal:
     memory: bool = False
 
 
-# Set for CPUs with bfloat16 convolutions (bf16), and for any (fp32).
+# For CPUs with bfloat16 convolutions (bf16), for any CPU (fp32), and for an H100 (cuda).
 GOALS = (
     Goal("resnet50-inference-b8-bf16", EAGER, 2.0, 2.1),
     Goal("resnet50-inference-b8-bf16", FREEZING, None, 1.0),
@@ -49,6 +59,21 @@ GOALS = (
     Goal("*+residual-both-*-fp32", COMPILE, 1.0, 1.1),
     Goal("resnet50-training-b8-*", EAGER, 0.25, 0.40, memory=True),
     Goal("se_resnet50-training-b8-*", EAGER, 0.35, 0.50, memory=True),
+    Goal("resnet50-training-b256-*16-cuda", EAGER_NCHW, 1.8, 2.3),
+    Goal("resnet50-training-b256-*16-cuda", EAGER, 1.25, 1.6),
+    Goal("resnet50-training-b256-*16-cuda", MAX_AUTOTUNE, 1.0, 1.2),
+    Goal("se_resnet50-training-b256-*16-cuda", EAGER, 1.5, 1.9),
+    Goal("se_resnet50-training-b256-*16-cuda", COMPILE, 1.1, 1.3),
+    Goal("resnet18-training-b256-*16-cuda", EAGER, 1.2, 1.5),
+    Goal("resnet18-training-b256-*16-cuda", COMPILE, 1.0, 1.15),
+    Goal("resnet50-inference-b256-*16-cuda", EAGER, 2.0, 2.6),
+    Goal("resnet50-inference-b256-*16-cuda", MAX_AUTOTUNE, 1.15, 1.4),
+    Goal("resnet50-inference-b256-*16-cuda", TENSORRT, 0.9, 1.0),
+    Goal("se_resnet50-inference-b256-*16-cuda", EAGER, 1.8, 2.2),
+    Goal("se_resnet50-inference-b256-*16-cuda", COMPILE, 1.1, 1.3),
+    Goal("se_resnet50-inference-b256-*16-cuda", TENSORRT, 1.0, 1.1),
+    Goal("resnet50-training-b256-*16-cuda", EAGER, 0.15, 0.40, memory=True),
+    Goal("se_resnet50-training-b256-*16-cuda", EAGER, 0.30, 0.50, memory=True),
 )
 
 

@@ -125,35 +125,51 @@ def _pointwise_training(c: Costs, net: Network) -> Kernels:
 
 
 def _steps_training(c: Costs, net: Network) -> Kernels:
-    def start(conv: Conv) -> Kernels:
-        return [c.conv(conv), c.stats(conv.y)]
-
-    def prologue(conv: Conv) -> Kernel:
-        return c.tail(conv.x, residual=False, stats_given=True)
-
-    def finish(conv: Conv, squeeze: int = 0, *, residual: bool, act: str = "relu") -> Kernels:
-        bits = dict(mask=residual)
-        return [
-            c.tail(conv.y, squeeze, residual=residual, act=act, stats_given=True, **bits),
-            c.tail_backward(conv.y, squeeze, dresidual=residual, act=act, **bits),
-        ]
-
-    found = [*start(net.stem), *finish(net.stem, residual=False), c.wgrad(net.stem)]
-    found += [c.max_pool(net, INDEX_BYTES)] * 2
+    found = [c.conv(net.stem), c.stats(net.stem.y), c.wgrad(net.stem)]
+    found += [*_applied(c, net.stem, "relu"), *[c.max_pool(net, INDEX_BYTES)] * 2]
     for block in net.blocks:
+        again = _is_repeated(block.convs[-1])
         for conv in block.all_convs():
-            found += [*start(conv), c.dgrad(conv), c.wgrad(conv)]
-            if any(conv is later for later in block.convs[1:]):  # norm and ReLU before it
-                again = c.tail_backward(conv.x, mask=False, dresidual=False)
-                found += [prologue(conv), prologue(conv), again]
-        if block.shortcut is not None:
-            found += finish(block.shortcut, residual=False, act="identity")
+            found += [c.conv(conv), c.dgrad(conv), c.wgrad(conv)]
+            # The pass that squeezes gives the statistics as well, unless the tail is one node.
+            if conv is not block.convs[-1] or not block.squeeze or again:
+                found.append(c.stats(conv.y))
+            if any(conv is later for later in block.convs[1:]):  # norm and ReLU before it, twice
+                prologue = c.tail(conv.x, residual=False, stats_given=True)
+                behind = c.tail_backward(conv.x, mask=False, dresidual=False)
+                found += [prologue, prologue, behind]
         last = block.convs[-1]
-        if last.kernel == 1 and last.groups == 1 and last.x[0] <= RECOMPUTE_MAX_CHANNELS:
+        if again:
             found.append(Kernel("conv again", c.conv(last).flops, c.conv(last).bytes))
-        found += finish(last, block.squeeze, residual=True)
+        found += _block_end(c, block)
         found.append(_pass("add gradients", 3 * c.bytes(block.x)))
     return [*found, *_ends(c, net)]
+
+
+def _is_repeated(conv: Conv) -> bool:
+    """Whether the backward repeats this convolution rather than keep its result."""
+    pointwise = conv.kernel == 1 and conv.stride == 1 and conv.groups == 1
+    expands = conv.y[0] >= 2 * conv.x[0]
+    return pointwise and expands and conv.x[0] <= RECOMPUTE_MAX_CHANNELS
+
+
+def _applied(c: Costs, conv: Conv, act: str) -> Kernels:
+    """Batch norm with known statistics, forward and backward."""
+    return [
+        c.tail(conv.y, residual=False, act=act, stats_given=True),
+        c.tail_backward(conv.y, mask=False, dresidual=False, act=act),
+    ]
+
+
+def _block_end(c: Costs, block: Block) -> Kernels:
+    if block.shortcut is not None and not block.squeeze:
+        return c.projected_tail(block.y)
+    found = [] if block.shortcut is None else _applied(c, block.shortcut, "identity")
+    return [
+        *found,
+        c.tail(block.y, block.squeeze, residual=True, stats_given=True, mask=True),
+        c.tail_backward(block.y, block.squeeze, mask=True, dresidual=True),
+    ]
 
 
 def _raw_stem(c: Costs, net: Network) -> Kernels:

@@ -176,6 +176,6 @@ def parameters(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [t for k, t in tensors.items() if k in names]
 
 
-def compiled_op(name: str, mode: str | None, function, tensors, *args) -> Competitor:
+def compiled_op(name: str, mode: str | None, function, tensors, **how) -> Competitor:
     run = compiled(function, next(iter(tensors.values())).device, mode)
-    return op_call(name, run, tensors, *args, is_compiled=True)
+    return op_call(name, run, tensors, **how, is_compiled=True)

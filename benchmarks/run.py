@@ -16,7 +16,7 @@ from .suites import Spec
 __all__ = ["Run", "WrongResult", "measure"]
 WANTED_ROUNDS = 20
 CHECK_SECONDS = 30  # a guess at checking and compiling, for a benchmark that nobody has run here
-MOST_ROUNDS = 60
+MOST_ROUNDS = 40
 QUIET_CORES = 0.1  # busy with other processes; more than that is told beside the figure
 SAME = ("schema", "commit", "settings")  # what an interrupted run must share to be gone on with
 

@@ -20,7 +20,7 @@ from .networks import IMAGE, Conv, network
 from .peers import EAGER, ONNXRUNTIME, OPENVINO, Choice
 
 SELECTIONS = ("smoke", "table", "full")
-BATCH = 8
+BATCH = {"cpu": 8, "cuda": 256}
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES_OF = ("resnet18", "resnet50", "se_resnet50")
 Size = tuple[int, int]  # channels, and height = width
@@ -59,6 +59,11 @@ def _suffix(device: torch.device) -> str:
     return "" if device.type == "cpu" else f"-{device.type}"
 
 
+def _batch(batch: int, device: torch.device) -> int:
+    """A GPU gets a batch that fills it; one image stays one, for its latency."""
+    return batch if device.type == "cpu" or batch == 1 else BATCH[device.type]
+
+
 # --- ops
 
 
@@ -76,7 +81,7 @@ def ops(
             for dtype in _dtypes(device):
                 for layout in (CHANNELS_LAST, NCHW):
                     for direction in directions:
-                        shape = (BATCH, channels, size, size)
+                        shape = (BATCH[device.type], channels, size, size)
                         make = partial(_op_case, name, shape, dtype, direction, layout, device)
                         whole = direction == "both" and layout == CHANNELS_LAST
                         known = whole and (channels, size) in table and dtype != FP16
@@ -123,7 +128,8 @@ def convolutions(
                 for direction in directions:
                     make = partial(_conv_case, name, conv, dtype, direction, device)
                     channels, size = conv.x[:2]
-                    label = f"{name}-{direction}-{BATCH}x{channels}x{size}x{size}-to-{conv.y[0]}"
+                    shape = f"{BATCH[device.type]}x{channels}x{size}x{size}"
+                    label = f"{name}-{direction}-{shape}-to-{conv.y[0]}"
                     label += f"-k{conv.kernel}s{conv.stride}-{SHORT[dtype]}{_suffix(device)}"
                     quick = conv in smoke and dtype == FP32 and direction == directions[0]
                     found.append(Spec(label, make, smoke=quick))
@@ -132,13 +138,13 @@ def convolutions(
 
 def _conv_case(name, conv, dtype, direction, device, chosen) -> Case:
     return conv_cases.conv_case(
-        name, conv, BATCH, dtype, direction=direction, device=device, chosen=chosen
+        name, conv, BATCH[device.type], dtype, direction=direction, device=device, chosen=chosen
     )
 
 
 # --- blocks and networks
 
-SLOW = "left out: tens of seconds a call in bfloat16 on this CPU, whose oneDNN cannot convolve it"
+SLOW = "left out: seconds to minutes a call, as this CPU's oneDNN cannot convolve bfloat16"
 
 
 def _crawls(dtype: torch.dtype, device: torch.device) -> bool:
@@ -156,8 +162,9 @@ def blocks(specs: Iterable[tuple], mode: str, smoke: Collection[str] = ()) -> li
     for device in devices():
         for name, inplanes, planes, size in specs:
             for dtype in _dtypes(device):
-                work = model_cases.block(name, inplanes, planes, BATCH, size)
-                label = f"{name}-{mode}-{BATCH}x{inplanes}x{size}x{size}-{SHORT[dtype]}"
+                batch = BATCH[device.type]
+                work = model_cases.block(name, inplanes, planes, batch, size)
+                label = f"{name}-{mode}-{batch}x{inplanes}x{size}x{size}-{SHORT[dtype]}"
                 label += _suffix(device)
                 slow = _crawls(dtype, device)
                 make = partial(_model_case, work, mode, dtype, device, slow)
@@ -175,15 +182,18 @@ def models(
     """Whole networks: each of (name, batch)."""
     found = []
     for device in devices():
+        listed: dict[tuple[str, int], set[tuple[str, int]]] = {}  # as run here: as listed
         for name, batch in works:
+            listed.setdefault((name, _batch(batch, device)), set()).add((name, batch))
+        for (name, batch), names in listed.items():
             for dtype in _dtypes(device):
                 slow = _crawls(dtype, device)
                 work = model_cases.network(name, batch, image)
                 make = partial(_model_case, work, mode, dtype, device, slow)
                 found.append(Spec(
                     f"{name}-{mode}-b{batch}-{SHORT[dtype]}{_suffix(device)}", make,
-                    smoke=(name, batch) in smoke and dtype == FP32,
-                    table=(name, batch) in table and dtype != FP16,
+                    smoke=bool(names & set(smoke)) and dtype == FP32,
+                    table=bool(names & set(table)) and dtype != FP16,
                     slow=slow and mode == "training",
                 ))  # fmt: skip
     return found

@@ -25,7 +25,7 @@ def _import_package() -> None:
 
 
 _import_package()
-from benchmarks import clock, machine, measure, results  # noqa: E402
+from benchmarks import clock, machine, measure, peers, results  # noqa: E402
 
 CPU = torch.device("cpu")
 RATES = machine.Rates(1e10, {"float32": 1e11})
@@ -93,3 +93,15 @@ def result(*rows, **more):
         "modified": False, "date": "2026-11-20T10:00:00+00:00", "backends": {},
         "settings": {"seconds": 2.0, "suite": "table"}, "rows": list(rows),
     } | more  # fmt: skip
+
+
+ID = "resnet50-training-b8-fp32"
+
+
+def recorded(median=1.0, ratio=1.4, halves=None, saved=60, **more):
+    """A result of one row, fusedres against eager."""
+    competitors = {
+        peers.OURS: figures(median, saved=saved),
+        peers.EAGER: peer(ratio * median, ratio, halves, saved=100),
+    }
+    return result(row(ID, competitors), **more)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -11,23 +14,23 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedres
-from benchmark_harness import CPU, RATES, FakeClock, no_measuring
+from benchmark_harness import CPU, RATES, ROOT, FakeClock, no_measuring
 from benchmarks import (
     cases,
     conv_cases,
     floors,
+    goals,
     model_cases,
     model_peers,
     networks,
     op_cases,
-    passes,
     peers,
     plain,
     roofline,
     runtimes,
+    suites,
 )
 from benchmarks.peers import EAGER, OURS
-from fusedres import dispatch
 
 __all__ = ["no_measuring"]  # a fixture
 EAGER_ONLY = peers.Choice(["eager*"])
@@ -156,6 +159,57 @@ def test_runtimes_see_each_rounds_input_or_are_missing_by_name(make):
         x.normal_()
 
 
+def test_compiled_peers_are_built_and_checked(no_measuring, monkeypatch):
+    def compiled(function, device, mode=None, **how):
+        asked.append((mode, how))
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    asked = []
+    for module in (peers, model_peers):
+        monkeypatch.setattr(module, "compiled", compiled)
+    chosen = peers.Choice(["eager*", "torch.compile*"])
+    modes = [(None, {}), (peers.AUTOTUNE_MODE, {})]
+    work = model_cases.block("BasicBlock", 16, 16, 2, 6)
+    op = op_cases.OPS["bn_act+residual"]
+    names = {OURS, EAGER, peers.COMPILE, peers.MAX_AUTOTUNE}
+    for case, wanted in (
+        (op_cases.case(op, (2, 16, 6, 6), torch.float32, chosen=chosen), names),
+        (model_cases.training_case(work, torch.float32, chosen=chosen), names | {peers.EAGER_NCHW}),
+    ):
+        found = _report(case)
+        assert set(found["competitors"]) == wanted
+        assert found["missing"] == {}
+        assert found["competitors"][peers.COMPILE]["saved"] > 0
+        assert found["competitors"][peers.COMPILE]["launches"] is None
+    assert asked == [*modes, *modes]
+    found = _report(model_cases.inference_case(work, torch.float32, chosen=chosen))
+    assert set(found["competitors"]) == names | {peers.EAGER_NCHW, peers.FREEZING}
+    assert asked[4:] == [*modes, (None, {"options": {"freezing": True}})]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnns_fused_convolution_is_given_what_eager_computes(monkeypatch, residual):
+    """Without a GPU: cuDNN's two calls stood in for by what their schemas say."""
+
+    def relu(x, weight, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    conv = networks.Conv((16, 6, 6), (24, 3, 3), 3, 2, 1, 1)
+    name = "conv_bn_act+residual" if residual else "conv_bn_act"
+    op = conv_cases._conv_bn_act(name, conv)
+    case = conv_cases.conv_case(name, conv, 2, torch.float32, chosen=EAGER_ONLY)
+    torch.manual_seed(0)  # as the case draws
+    tensors = op.tensors((2, *conv.x), torch.float32, cases.CHANNELS_LAST)
+    peer = op.peers[peers.CUDNN](tensors, None, "inference", torch.float32)
+    case.competitors.append(peer)
+    assert case.race(FakeClock()).refused == {}
+
+
 def test_freezing_compiles_code_of_its_own():
     """torch.compile shares code between objects of one class that are compiled alike."""
 
@@ -177,93 +231,44 @@ def test_freezing_compiles_code_of_its_own():
     assert again == seen["unique_graphs"] + 1
 
 
-# --- the roofline
+# --- the suites
 
 
-def _heard(model, x, train):
-    """What the ops report over one call: bytes and flops by op."""
-    events = []
-    with dispatch.observe(events.append):
-        y = model(x)
-        if train:
-            y.sum().backward()
-    found = {}
-    for e in events:
-        moved, flops = found.get(e.op, (0, 0))
-        found[e.op] = moved + e.bytes_moved, flops + e.flops
-    return found
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "se_resnet50"])
-def test_the_roofline_of_this_version_is_what_its_ops_report(name, train):
-    size, batch = 32, 2
-    model = getattr(fusedres.models, name)().to(memory_format=torch.channels_last).train(train)
-    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-    with torch.set_grad_enabled(train):
-        heard = _heard(model, x, train)
-    counted = {}
-    structure = roofline.OURS[train]
-    net = networks.network(name, size)
-    for k in roofline.kernels(net, structure, train, batch, torch.float32):
-        if k.op in heard:
-            moved, flops = counted.get(k.op, (0, 0))
-            counted[k.op] = moved + k.bytes, flops + k.flops
-    assert counted == heard
-
-
-# ResNet-50 and -18 in bfloat16, batch 256, on an H100: worked out by hand, layer by layer, with
-# strided 1x1 convolutions reading only the pixels they use; the ops here count the whole operand.
-@pytest.mark.parametrize(
-    "name, train, milliseconds",
-    [
-        ("resnet50", False, {"eager": 14.39, "pointwise": 8.44, "epilogue": 5.40, "block": 2.93}),
-        ("resnet18", False, {"eager": 3.49, "pointwise": 2.12, "epilogue": 1.53, "block": 1.17}),
-        (
-            "resnet50",
-            True,
-            {"eager": 42.8, "pointwise": 31.7, "prologue": 21.9, "barrier": 17.3, "ideal": 8.27},
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_name_each_benchmark_once(monkeypatch, device):
+    monkeypatch.setattr(suites, "devices", lambda: [torch.device(device)])
+    shapes = suites.ops("bn_act", suites.inner_sizes(), table=((64, 56),))
+    convs = list(networks.network("resnet50").convs())
+    found = [
+        *shapes,
+        *suites.convolutions("conv_bn_act", convs, ("inference",), smoke=convs[:1]),
+        *suites.blocks([("BasicBlock", 64, 64, 56)], "training"),
+        *suites.models(
+            "training", [("resnet50", 2), ("resnet50", 8), ("resnet50", 1)], table=[("resnet50", 8)]
         ),
-        ("se_resnet50", True, {"eager": 55.1, "pointwise": 31.7, "prologue": 21.9, "ideal": 8.29}),
-    ],
-)
-def test_floors_of_known_networks(name, train, milliseconds):
-    for structure, wanted in milliseconds.items():
-        net = networks.network(name)
-        found = roofline.floor(net, structure, train, 256, torch.bfloat16, roofline.H100)
-        assert 0.995 * wanted <= 1e3 * found.seconds <= 1.035 * wanted, structure
+    ]
+    ids = [spec.id for spec in found]
+    assert len(set(ids)) == len(ids)
+    assert all(id.endswith("-cuda") == (device == "cuda") for id in ids)
+    assert sum(spec.table for spec in shapes) == 2  # float32 and bfloat16
+    assert sum(spec.smoke for spec in found) == 3
+    wanted = {"cpu": "resnet50-training-b8-bf16", "cuda": "resnet50-training-b256-bf16-cuda"}
+    (judged,) = [spec for spec in found if spec.id == wanted[device]]
+    assert judged.selected("table")
+    assert any(fnmatch(judged.id, goal.rows) for goal in goals.GOALS)
+    assert f"resnet50-training-b1-fp32{'' if device == 'cpu' else '-cuda'}" in ids
 
 
-def test_fewer_passes_have_a_lower_floor():
-    for name in roofline.NETWORKS:
-        for train, names in ((False, roofline.INFERENCE), (True, roofline.TRAINING)):
-            net = networks.network(name)
-            floors = {
-                s: roofline.floor(net, s, train, 8, torch.float32, roofline.Hardware(1e10, 1e11))
-                for s in names
-            }
-            order = [s for s in names if s != "steps"]  # which trades passes for memory
-            moved = [floors[s].bytes for s in order]
-            assert moved == sorted(moved, reverse=True)
-            assert len({f.math for f in floors.values()}) >= 1
-    assert passes.TRAINING.keys() == set(roofline.TRAINING)
-    assert passes.INFERENCE.keys() == set(roofline.INFERENCE)
-
-
-def test_roofline_prints_and_refuses(capsys):
-    assert roofline.main(["resnet18", "--batch", "8", "--dtype", "float32"]) == 0
-    printed = capsys.readouterr().out
-    assert "resnet18" in printed
-    assert "prologue" in printed
-    for wrong, message in (
-        (["resnet51"], "unknown network 'resnet51'"),
-        (["--batch", "0"], "--batch: wanted a number > 0, got 0"),
-    ):
-        with pytest.raises(SystemExit):
-            roofline.main(wrong)
-        assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="structure: wanted one of eager, .* got 'fast'"):
-        roofline.kernels(networks.network("resnet18"), "fast", False, 1, torch.float32)
+def test_every_goal_of_a_cpu_is_in_the_table():
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--suite", "table"]
+        + ["--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ids = [line.partition("[")[2].rstrip("]") for line in found.stdout.splitlines() if "[" in line]
+    for goal in goals.GOALS:
+        on_gpu = goal.rows.endswith("-cuda")
+        assert on_gpu or any(fnmatch(id, goal.rows) for id in ids), goal
 
 
 def test_device_is_where_the_case_runs():

@@ -15,31 +15,21 @@ import torch
 
 from benchmark_harness import (
     CPU,
+    ID,
     ROOT,
     TRUTH,
     FakeClock,
     X,
     competitor,
-    figures,
     no_measuring,
-    peer,
+    recorded,
     result,
-    row,
 )
-from benchmarks import cases, compare, goals, machine, peers, results, run, show
+from benchmarks import cases, goals, machine, peers, results, run
 from benchmarks.peers import EAGER, OURS
 from benchmarks.suites import Spec
 
 __all__ = ["no_measuring"]  # a fixture
-ID = "resnet50-training-b8-fp32"
-
-
-def _run_with(median=1.0, ratio=1.4, halves=None, saved=60, **more):
-    competitors = {
-        OURS: figures(median, saved=saved),
-        EAGER: peer(ratio * median, ratio, halves, saved=100),
-    }
-    return result(row(ID, competitors), **more)
 
 
 def _write(path, found):
@@ -51,7 +41,7 @@ def _write(path, found):
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
-    found = _run_with()
+    found = recorded()
     results.save(tmp_path / "new" / "run.json", found)
     assert results.load(tmp_path / "new" / "run.json") == found
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
@@ -111,7 +101,7 @@ _OURS = ("rows", 0, "competitors", OURS)
     ],
 )  # fmt: skip
 def test_a_corrupt_result_is_refused_by_file_and_field(tmp_path, spoil, message):
-    found = copy.deepcopy(_run_with())
+    found = copy.deepcopy(recorded())
     spoil(found)
     path = _write(tmp_path / "run.json", found)
     with pytest.raises(results.ResultError) as error:
@@ -205,7 +195,7 @@ def test_a_run_goes_on_where_it_was(no_measuring, tmp_path):
     path = tmp_path / "run.json"
     first = run.Run(path, SETTINGS, resume=True)
     assert first.done == set()
-    (measured,) = _run_with()["rows"]
+    (measured,) = recorded()["rows"]
     first.add(measured)
     first.add({
         "id": "b", "suite": "models", "status": "wrong", "reason": "y", "took_seconds": 1.0,
@@ -222,10 +212,10 @@ def test_a_run_goes_on_where_it_was(no_measuring, tmp_path):
 
 def test_the_estimate_takes_what_was_recorded_on_this_cpu(no_measuring, monkeypatch, tmp_path):
     here = machine.identity()["cpu"]
-    recorded = _run_with()
-    recorded["machine"]["cpu"] = here
-    recorded["rows"][0]["took_seconds"] = 100.0
-    monkeypatch.setattr(results, "load_folder", lambda: {"a.json": recorded, "b": _run_with()})
+    before = recorded()
+    before["machine"]["cpu"] = here
+    before["rows"][0]["took_seconds"] = 100.0
+    monkeypatch.setattr(results, "load_folder", lambda: {"a.json": before, "b": recorded()})
     found = run.Run(tmp_path / "run.json", SETTINGS, resume=False)
     assert found.estimate([ID]) == 100
     assert found.estimate([ID, "unknown"]) == 100 + 3 * SETTINGS["seconds"] + run.CHECK_SECONDS
@@ -271,81 +261,3 @@ def test_a_run_refuses_settings_that_mean_nothing():
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--seconds" in printed
-
-
-# --- goals and the table
-
-
-def test_a_table_tells_everything(capsys):
-    found = _run_with(saved=60)
-    found["rows"][0]["refused"] = {"OpenVINO": "y: largest error 3"}
-    found["rows"][0]["missing"] = {"apex": "not installed", "TensorRT": peers.UNSELECTED}
-    found["rows"].append({
-        "id": "b", "suite": "models", "status": "wrong", "reason": "dx: wrong",
-        "took_seconds": 1.0,
-    })  # fmt: skip
-    show.table(found)
-    printed = capsys.readouterr().out
-    assert "a CPU, AVX2, 2 threads; cpu: copy 10.0 GB/s, matmul float32 100 GFLOP/s" in printed
-    for part in ("1.40x", "aim reached", "-40%", "refused: OpenVINO", "dx: wrong"):
-        assert part in printed
-    assert f"missing: apex ({ID}): not installed" in printed
-    assert "TensorRT" not in printed  # nobody asked for it
-
-
-def test_goals_are_judged_on_ratios_and_on_memory():
-    verdicts = {(o.goal.peer, o.goal.memory): o for o in goals.outcomes(_run_with()["rows"][0])}
-    assert verdicts[EAGER, True].value == pytest.approx(0.4)
-    assert verdicts[EAGER, True].verdict == "aim reached"
-    assert verdicts[EAGER, False].verdict == "aim reached"
-    noisy = _run_with(ratio=1.1, halves=[1.3, 0.9])["rows"][0]
-    assert {o.verdict for o in goals.outcomes(noisy) if o.value == 1.1} == {"tie"}
-
-
-# --- comparison
-
-
-def _compare(tmp_path, a, b):
-    paths = [_write(tmp_path / name, found) for name, found in (("a.json", a), ("b.json", b))]
-    return compare.main([str(p) for p in paths])
-
-
-@pytest.mark.parametrize(
-    "before, after, code, word",
-    [
-        ({"ratio": 1.4}, {"ratio": 1.2}, 1, "slower"),
-        ({"ratio": 1.4, "halves": [1.5, 1.25]}, {"ratio": 1.2}, 0, "same"),  # within its noise
-        ({"ratio": 1.2}, {"ratio": 1.4}, 0, "faster"),
-        ({}, {"saved": 61}, 1, "keeps more"),
-        ({}, {"saved": 59}, 0, "keeps less"),
-        ({"median": 1.0}, {"median": 3.0}, 0, "same"),  # the machine was slower, for everybody
-    ],
-)
-def test_comparison_says_what_got_slower_beyond_noise(tmp_path, capsys, before, after, code, word):
-    assert _compare(tmp_path, _run_with(**before), _run_with(**after)) == code
-    assert word in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("median, code", [(1.1, 0), (1.3, 1), (0.7, 0)])
-def test_without_a_common_peer_the_quartiles_decide(tmp_path, median, code):
-    a, b = (result(row(ID, {OURS: figures(m)})) for m in (1.0, median))
-    assert _compare(tmp_path, a, b) == code
-
-
-def test_a_comparison_that_cannot_be_made(tmp_path, capsys):
-    other = result(row("resnet18-training-b8-fp32", {OURS: figures(1.0)}))
-    assert _compare(tmp_path, _run_with(), other) == 2
-    assert "no row in common" in capsys.readouterr().err
-    assert _compare(tmp_path, _run_with(), {"schema": 7}) == 2
-    assert "b.json: schema: wanted 2, got 7" in capsys.readouterr().err
-
-
-def test_a_row_that_became_wrong_fails_the_comparison(tmp_path, capsys):
-    wrong = {
-        "id": "resnet18-training-b8-fp32", "suite": "models", "status": "wrong", "reason": "y",
-        "took_seconds": 1.0,
-    }  # fmt: skip
-    after = _run_with()
-    after["rows"].append(wrong)
-    assert _compare(tmp_path, _run_with(), after) == 1
-    assert f"wrong now: {wrong['id']}" in capsys.readouterr().out
