@@ -72,7 +72,7 @@ def ninja_file(target: Path, work: Path) -> str:
         f"flags = {compile_flags()}",
         f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
-        "rule cxx\n  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        "rule cxx\n  description = compile $in\n  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         # an empty library with the right soname: the real ones are in the process when this loads
         "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null"

@@ -115,12 +115,22 @@ def add_act(
     if not fits or residual.shape != branch.shape or residual.device != branch.device:
         if scale is not None:
             branch = branch * scale.to(branch.dtype).view(-1, 1, 1, 1)
-        branch = branch if residual is None else branch + residual  # PyTorch broadcasts, or raises
-        return activate(branch, act)
+        return activate(branch if residual is None else _plain_sum(branch, residual), act)
     name = act_of(act)
     residual = residual.to(branch.dtype)
     y = F.residual_mix(branch, residual, row_scale=scale, act=name or "identity")
     return y if name is not None else act(y)
+
+
+def _plain_sum(branch: Tensor, residual: Tensor) -> Tensor:
+    """PyTorch broadcasts, or raises; its blocks add into the branch, which keeps its shape."""
+    y = branch + residual
+    if not symbolic(y) and y.shape != branch.shape:
+        raise RuntimeError(
+            f"output with shape {list(branch.shape)} doesn't match the broadcast shape"
+            f" {list(y.shape)}"
+        )
+    return y
 
 
 def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
@@ -193,6 +203,8 @@ def _finish(
     if se is None:
         return add_act(branch, residual, act, scale)
     mlp = "FX tracing" if symbolic(branch) else se_of(se)
+    if not isinstance(mlp, str) and branch.dim() != 4:
+        mlp = f"the input has {branch.dim()} dimensions, not 4"
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
     if not fits:
         if isinstance(mlp, str):

@@ -10,7 +10,7 @@ from .. import checks, dispatch, reference
 from .. import functional as F
 from ..running_stats import recomputing
 from .chain import add_act, chain
-from .recognise import SE, hooked
+from .recognise import SE, not_pointwise
 from .squeeze import squeeze_excite
 
 POOLS = ("mean", "mean_max")
@@ -169,6 +169,8 @@ class SqueezeExcite(nn.Module):
     ) -> Tensor:
         """``x`` and ``residual``: [N, C, H, W]; ``post_act``: a name, or None for none."""
         parts = "FX tracing" if isinstance(x, torch.fx.Proxy) else self.squeeze_excite_parts()
+        if not isinstance(parts, str) and x.dim() != 4:
+            parts = f"the input has {x.dim()} dimensions, not 4"
         if isinstance(parts, str):
             dispatch.notify(dispatch.Event("squeeze_excite", "unfused", parts))
             return add_act(self._modules_only(x), residual, post_act)
@@ -176,9 +178,10 @@ class SqueezeExcite(nn.Module):
 
     def squeeze_excite_parts(self) -> SE | str:
         """What a fused tail needs of this module, or why it must run by itself."""
-        reason = hooked(self.fc1) or hooked(self.fc2)
+        if (reason := not_pointwise(self.fc1) or not_pointwise(self.fc2)) is not None:
+            return reason
         layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return reason or SE(*layers, self.act, self.gate, self.pool)
+        return SE(*layers, self.act, self.gate, self.pool)
 
     def _modules_only(self, x: Tensor) -> Tensor:
         hidden = reference.ACTIVATIONS[self.act](self.fc1(_squeezed(x, self.pool)))
@@ -220,8 +223,9 @@ class EffectiveSqueezeExcite(SqueezeExcite):
 
     def squeeze_excite_parts(self) -> SE | str:
         """What a fused tail needs of this module, or why it must run by itself."""
-        layer = self.fc.weight, self.fc.bias, None, None
-        return hooked(self.fc) or SE(*layer, self.act, self.gate, self.pool)
+        if (reason := not_pointwise(self.fc)) is not None:
+            return reason
+        return SE(self.fc.weight, self.fc.bias, None, None, self.act, self.gate, self.pool)
 
     def _modules_only(self, x: Tensor) -> Tensor:
         return x * reference.GATES[self.gate](self.fc(_squeezed(x, self.pool)))

@@ -135,10 +135,12 @@ def norm_of(norm: nn.Module) -> Norm | str:
     elif not plain:
         return f"{kind.__name__} is not a batch norm of this library or PyTorch"
     has_stats = norm.running_mean is not None and norm.running_var is not None
+    batch_stats = norm.training or not has_stats
+    if not norm.eps >= 0 or (batch_stats and norm.eps == 0):
+        return f"PyTorch refuses eps={norm.eps}"
     return Norm(
-        norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps,
-        batch_stats=norm.training or not has_stats,
-    )  # fmt: skip
+        norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, batch_stats
+    )
 
 
 def act_of(act: nn.Module | str | None) -> str | None:
@@ -156,9 +158,22 @@ def act_of(act: nn.Module | str | None) -> str | None:
 
 def se_of(se: nn.Module) -> SE | str:
     """The MLP of a squeeze-excite module, which tells it by ``squeeze_excite_parts()``."""
-    if not hasattr(type(se), "squeeze_excite_parts"):
-        return f"{type(se).__name__} is not a squeeze-excite with a fused form"
+    kind = type(se)
+    if not hasattr(kind, "squeeze_excite_parts"):
+        return f"{kind.__name__} is not a squeeze-excite with a fused form"
+    known = next(c for c in kind.__mro__ if "squeeze_excite_parts" in vars(c))
+    if kind.forward is not known.forward:
+        return f"{kind.__name__} has a forward of its own"
     return hooked(se) or se.squeeze_excite_parts()
+
+
+def not_pointwise(layer: nn.Module) -> str | None:
+    """A reason when a layer is more than a product with a matrix of channels."""
+    if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding != (0, 0):
+        return f"{type(layer).__name__} is not a plain 1x1 convolution"
+    if not layer.kernel_size == layer.stride == (1, 1):
+        return f"{type(layer).__name__} is not a plain 1x1 convolution"
+    return hooked(layer)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -61,6 +61,8 @@ def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
 def misfit(conv: nn.Conv2d, x: Tensor, norm: Norm | None = None) -> str | None:
     """A reason when PyTorch's own modules must see these operands (and may raise on them)."""
     weight = conv.weight
+    if not isinstance(x, Tensor):
+        return f"the input is a {type(x).__name__}"
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions, not 4"
     if x.dtype not in dispatch.DTYPES:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..blocks import squeeze
 from ..blocks.chain import Scale, add_act, chain, project, settled
-from ..blocks.recognise import SE, hooked, se_of
+from ..blocks.recognise import SE, hooked, not_pointwise, se_of
 from .activations import act_name, gate_name
 from .recipe import recipe_of
 
@@ -114,12 +114,9 @@ def pointwise_se(
     Args:
         others: further modules that the peer calls and the fused op leaves out (the pooling).
     """
-    for fc in (fc1, fc2):
-        if not _is_pointwise(fc):
-            return f"{type(fc).__name__} is not a plain 1x1 convolution"
-    for module in (fc1, fc2, *others):
-        if (reason := hooked(module)) is not None:
-            return reason
+    reasons = not_pointwise(fc1), not_pointwise(fc2), *map(hooked, others)
+    if (reason := next(filter(None, reasons), None)) is not None:
+        return reason
     names = act_name(act), gate_name(gate)
     if None in names:
         return f"no fused form of {type(act).__name__} with {type(gate).__name__}"
@@ -128,20 +125,11 @@ def pointwise_se(
 
 def effective_se(fc: nn.Module, gate: nn.Module, pool: str = "mean") -> SE | str:
     """The one-layer squeeze-excite, or the reason it is none for the fused ops."""
-    if not _is_pointwise(fc):
-        return f"{type(fc).__name__} is not a plain 1x1 convolution"
+    if (reason := not_pointwise(fc)) is not None:
+        return reason
     if (name := gate_name(gate)) is None:
         return f"no fused form of {type(gate).__name__}"
-    return hooked(fc) or SE(fc.weight.flatten(1), fc.bias, None, None, "identity", name, pool)
-
-
-def _is_pointwise(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == layer.stride == (1, 1)
-        and layer.padding == (0, 0)
-        and layer.groups == 1
-    )
+    return SE(fc.weight.flatten(1), fc.bias, None, None, "identity", name, pool)
 
 
 def squeeze_excite_forward(self: nn.Module, x: Tensor) -> Tensor:
