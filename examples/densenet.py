@@ -1,6 +1,6 @@
 """Trains a small DenseNet on scikit-learn's digits, and shows what it keeps for the backward.
 
-``python examples/densenet.py``: about 30 seconds on two cores; ``--smoke`` takes three steps.
+``--smoke`` takes three steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Trains a deep highway network and its plain twin on scikit-learn's digits.
 
-Thirty layers: the plain network does not start to learn, the highway carries its input through
-closed gates and opens those that help. ``python examples/highway.py``: about 20 seconds on two
-cores; ``--smoke`` takes three steps.
+Twenty layers: the plain network does not start to learn, the highway carries its input through
+gates that start almost closed. ``--smoke`` takes three steps.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def openness(model: nn.Module, images: Tensor) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--depth", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--smoke", action="store_true", help="three steps only")
     args = parser.parse_args(argv)
     data, target = load_digits(return_X_y=True)

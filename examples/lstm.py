@@ -2,7 +2,7 @@
 
 The adding problem (Hochreiter and Schmidhuber 1997, section 5.4): of random numbers two are marked,
 and the answer is their sum. The state carries them over the gap because its shortcut is the
-identity. ``python examples/lstm.py``: about 30 seconds on two cores; ``--smoke`` takes three steps.
+identity. ``--smoke`` takes three steps.
 """
 
 from __future__ import annotations

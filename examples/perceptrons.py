@@ -1,6 +1,6 @@
 """Trains three perceptrons of one depth on scikit-learn's digits: plain, residual, fully connected.
 
-``python examples/perceptrons.py``: about 10 seconds on two cores; ``--smoke`` takes three steps.
+``--smoke`` takes three steps.
 """
 
 from __future__ import annotations

