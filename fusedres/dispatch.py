@@ -127,7 +127,14 @@ def has_kernel(op: str, x: Tensor, instead: str) -> bool:
     """Whether ``op`` is as good a choice as ``instead``: both have a kernel for ``x``, or none."""
     if torch.compiler.is_compiling():  # which traces no look-up of libraries
         return x.device.type == "cpu"
-    return choose(op, x).backend != "reference" or choose(instead, x).backend == "reference"
+    return _runs_on_a_kernel(op, x) or not _runs_on_a_kernel(instead, x)
+
+
+def _runs_on_a_kernel(op: str, x: Tensor) -> bool:
+    """``choose`` without its errors and warnings, which belong to the op that is then called."""
+    forced = forced_backend()
+    names = BACKENDS if forced is None else (forced,)
+    return any(name != "reference" and BACKENDS[name](op, x) is None for name in names)
 
 
 def _warn_once(message: str) -> None:

@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,7 +107,7 @@ class Cache:
             )
 
 
-_caches: dict[Path, Cache] = {}
+_caches: dict[str, Cache] = {}  # by GPU
 _lock = threading.Lock()
 
 
@@ -120,11 +121,10 @@ def cache_path(gpu: str) -> Path:
 
 
 def cache_of(gpu: str) -> Cache:
-    path = cache_path(gpu)
     with _lock:
-        if path not in _caches:
-            _caches[path] = Cache(path)
-        return _caches[path]
+        if gpu not in _caches:
+            _caches[gpu] = Cache(cache_path(gpu))
+        return _caches[gpu]
 
 
 def measuring() -> bool:
@@ -138,7 +138,12 @@ def gpu_of(device: torch.device) -> str | None:
     """The name of the GPU that measurements belong to; None where nothing can be measured."""
     if device.type != "cuda" or INTERPRETED:
         return None
-    return torch.cuda.get_device_name(device)
+    return _gpu_name(device.index)
+
+
+@cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def best(
@@ -151,15 +156,15 @@ def best(
         configs: those that ship; the first is the default.
         work: does everything with one configuration, into results of its own.
     """
-    cache = cache_of(gpu)
-    found = cache.get(key, configs)
+    known = cache_of(gpu)
+    found = known.get(key, configs)
     if found is not None:
         return found
     if not measuring():
         return configs[0]
     times = [timer(lambda config=config: work(config)) for config in configs]
     fastest = configs[times.index(min(times))]
-    cache.put(key, fastest)
+    known.put(key, fastest)
     return fastest
 
 

@@ -79,6 +79,16 @@ def test_an_op_without_a_kernel(gpu):
     assert reason(on("cuda:0"), "another_op") == "there is no Triton kernel for another_op"
 
 
+def test_asking_whether_there_is_a_kernel_neither_warns_nor_fails(gpu, recwarn):
+    gpu()
+    for name in ("auto", "triton"):
+        with fusedres.backend(name):
+            assert not dispatch.has_kernel("another_op", on("cuda:0"), instead="bn_act")
+            assert dispatch.has_kernel("bn_act", on("cuda:0"), instead="another_op")
+    assert dispatch.has_kernel("another_op", on("cuda:0", torch.float64), instead="bn_act")
+    assert not recwarn.list
+
+
 def test_rocm(gpu, monkeypatch):
     gpu()
     monkeypatch.setattr(torch.version, "hip", "6.4")
