@@ -109,7 +109,7 @@ SYSTEMS = {
 
 
 def _specs() -> list[Spec]:
-    x = BATCH, CHANNELS, SIZE, SIZE
+    x = BATCH["cpu"], CHANNELS, SIZE, SIZE
     found = []
     for name, (plain, fused) in SYSTEMS.items():
         work = Work(name, plain, fused, x, leaf=True)

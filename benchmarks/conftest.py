@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     options = config.option
-    wanted = [item for item in items if _spec(item).selected(options.suite)]
+    wanted = [item for item in items if _selected(item, options.suite)]
     if options.collectonly:
         items[:] = wanted
         return
@@ -80,19 +80,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[RUN] = the_run = run.Run(options.results, settings, resume=options.resume)
     except results.ResultError as error:
         raise pytest.UsageError(f"--resume: {error}") from None
-    left = [item for item in wanted if _spec(item).id not in the_run.done]
-    left.sort(key=lambda item: _spec(item).slow)  # an interrupt loses the least
+    left = [item for item in wanted if _spec(item) is None or _spec(item).id not in the_run.done]
+    left.sort(key=lambda item: _spec(item) is None or _spec(item).slow)  # cheap ones first
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left
     terminal = config.pluginmanager.get_plugin("capturemanager")
-    specs = [_spec(item) for item in left]
-    estimate = the_run.estimate([spec.id for spec in specs])
+    estimate = the_run.estimate([spec.id for spec in map(_spec, left) if spec is not None])
     config.stash[PROGRESS] = progress = show.Progress(len(left), estimate, terminal)
     progress.begin(skipped=len(wanted) - len(left))
 
 
-def _spec(item: pytest.Item) -> Spec:
-    return item.callspec.params["spec"]
+def _spec(item: pytest.Item) -> Spec | None:
+    """None for a benchmark that brings a harness of its own; it writes no result."""
+    return item.callspec.params.get("spec") if hasattr(item, "callspec") else None
+
+
+def _selected(item: pytest.Item, suite: str) -> bool:
+    spec = _spec(item)
+    return suite == "full" if spec is None else spec.selected(suite)
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
