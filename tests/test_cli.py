@@ -96,7 +96,7 @@ def test_verify_options_reach_the_model(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet51",), "unknown model 'resnet51'; the models are: resnet18, "),
+        (("resnet51",), "unknown model 'resnet51'; the models are: densenet121, "),
         ((), "arguments are required: model"),
         (("resnet18", "--batch", "0"), "wanted a number >= 1, got 0"),
         (("resnet18", "--size", "x"), "invalid _positive value: 'x'"),
