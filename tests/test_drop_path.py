@@ -15,7 +15,7 @@ import zoo
 from accuracy import assert_as_accurate_as_eager
 from cases import backends, layouts, randn
 from fusedres import dispatch
-from harness import Unchanged, assert_same_bits
+from harness import Unchanged
 from modules import PLAIN_BLOCKS, block_pair, check_module, projection, randomise, results, twins
 
 X = (8, 16, 7, 7)
@@ -289,10 +289,6 @@ def test_a_plain_block_is_its_branch_alone(name):
             return self.block(x)
 
     check_module(Same(fused), Branch(plain), randn(X, layout="NHWC"), steps=2)
-    assert_same_bits(
-        {n: t for n, t in fused.state_dict().items()},
-        {n: t for n, t in plain.state_dict().items()},
-    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "se_resnet18", "resnext50_32x4d"])
