@@ -72,12 +72,14 @@ def ninja_file(target: Path, work: Path) -> str:
         f"flags = {compile_flags()}",
         f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
-        "rule cxx\n  description = compile $in\n  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        "rule cxx\n  description = compile $in",
+        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         # an empty library with the right soname: the real ones are in the process when this loads
         "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null"
         + " -Wl,-soname,$soname -o $out",
-        "rule link\n  command = $cxx $sanitize -shared -o $out $in -L$stubs -Wl,--no-as-needed "
+        "rule link\n  description = link $out",
+        "  command = $cxx $sanitize -shared -o $out $in -L$stubs -Wl,--no-as-needed "
         + " ".join(f"-l{lib}" for lib in TORCH_LIBS),
     ]
     objects = []

@@ -96,6 +96,7 @@ def _positive(text: str) -> int:
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .report import verify
+    from .report.verify import NEAREST
 
     device = _device(args.device, parser)
     try:
@@ -108,8 +109,10 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (RuntimeError, TypeError, ValueError) as error:  # names the argument and the reason
         print(f"cannot verify {args.model}: {error}", file=sys.stderr)
         return USER_ERROR
-    print(f"{result.table()}\n{result.summary}" if args.all else result)
-    print(f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}")
+    print(result.table(None if args.all else NEAREST))
+    print(
+        f"{args.model}, {args.dtype}, {'training' if args.train else 'inference'}: {result.summary}"
+    )
     return 0 if result.ok else 1
 
 
