@@ -22,8 +22,8 @@ LIBRARY := fusedres/_C.so
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 SANITIZED := build/sanitize/fusedres/_C.so
-OP_TESTS = $(wildcard tests/test_bn_act.py tests/test_squeeze_excite.py tests/test_bn_se_act.py \
-	tests/test_residual_mix.py tests/test_conv_stats.py tests/test_conv_bn_act.py)
+OP_TESTS = $(patsubst %,tests/test_%.py,bn_act squeeze_excite bn_se_act residual_mix residual_add \
+	conv_stats conv_bn_act add_norm highway lstm densenet)
 
 ifneq ($(filter-out 0,$(NO_VENV)),)
 PY := $(PYTHON)
