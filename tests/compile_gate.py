@@ -4,7 +4,8 @@
 
 prints a table and fails on what the kernels must not do: spill registers, or read or write the
 activations in pieces of less than 16 bytes. What is compiled is what the launchers launch: they
-run on meta tensors, and each launch is recorded instead of started (``launch.dry_run``).
+run on meta tensors (gate_calls.py), and each launch is recorded instead of started
+(``launch.dry_run``).
 
 By default every combination of operands is compiled in bf16 and fp16 with the first configuration,
 and every other configuration once, for one architecture in turn, so that every kernel is compiled
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from fusedres import triton_kernels  # noqa: E402
 from fusedres.report.table import render  # noqa: E402
+from gate_calls import CALLS, configuration, variant  # noqa: E402
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -62,16 +64,13 @@ class Job:
     @property
     def flags(self) -> str:
         """What tells it from the kernel's other launches."""
-        skipped = ("WIDE",)
-        parts = []
-        for name, value in self.constants:
-            if value is None:
-                parts.append(f"no {name.removesuffix('_ptr')}")
-            elif isinstance(value, bool) and name not in skipped:
-                parts.append(f"{name}={value:d}")
-            elif name not in skipped:
-                parts.append(value if isinstance(value, str) else f"{name}={value}")
-        return " ".join(parts)
+        return " ".join(_told(name, value) for name, value in self.constants)
+
+
+def _told(name: str, value: object) -> str:
+    if value is None:
+        return f"no {name.removesuffix('_ptr')}"
+    return value if isinstance(value, str) else f"{name}={value:d}"
 
 
 @dataclass(frozen=True)
@@ -96,62 +95,7 @@ class Found:
         return dict(found)
 
 
-# --- what is launched: the launchers on meta tensors of ResNet-50's first stage
-
-
-def meta(shape, dtype=torch.float32, nhwc=False) -> torch.Tensor:
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return x.contiguous(memory_format=torch.channels_last) if nhwc else x
-
-
-def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
-    ops = importlib.import_module("fusedres.kernels.bn_act")
-    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
-    _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
-    ops.bn_act(x, c, c, None, c, c, False, 1e-5, "relu", False)
-    args = mean, var, mask, True, 1e-5, "relu"
-    ops.bn_act_backward(x, x, c, c, None, *args, True)
-    args = mean, var, mask[:0, 0], True, 1e-5, "relu"
-    ops.bn_act_backward(x, x, c, c, None, *args, False)
-    if nhwc:  # in one launch each
-        x, c = meta((16, 2048, 7, 7), dtype, nhwc), meta(2048)
-        ops.bn_stats(x)
-        _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
-        ops.bn_act_backward(x, x, c, c, None, mean, var, mask, True, 1e-5, "relu", True)
-
-
-def squeeze_excite_calls(dtype: torch.dtype, nhwc: bool) -> None:
-    ops = importlib.import_module("fusedres.kernels.squeeze_excite")
-    x, w1, w2 = meta((256, 256, 56, 56), dtype, nhwc), meta((16, 256)), meta((256, 16))
-    mlp = w1, meta(16), w2, meta(256)
-    _, *saved = ops.squeeze_excite(x, *mlp, x, "relu", "sigmoid", "relu", True)
-    ops.squeeze_excite_backward(x, x, w1, w2, None, *saved, "relu", "sigmoid", "relu", True)
-
-
-def bn_se_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
-    ops = importlib.import_module("fusedres.kernels.bn_se_act")
-    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
-    w1, w2 = meta((16, 256)), meta((256, 16))
-    options = True, 1e-5, "relu", "sigmoid", "relu", True
-    _, *saved = ops.bn_se_act(x, c, c, w1, meta(16), w2, meta(256), x, None, None, *options)
-    ops.bn_se_act_backward(x, x, c, c, w1, w2, None, *saved, *options)
-
-
-def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
-    ops = importlib.import_module("fusedres.kernels.residual_mix")
-    x, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256, dtype)
-    for gate, scales in ((None, rows), (x, None)):
-        _, mask = ops.residual_mix(x, x, gate, scales, 1.0, 1.0, "relu", True)
-        ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
-
-
-# A function of dtype and layout for every op.
-CALLS: list[Callable[[torch.dtype, bool], None]] = [
-    bn_act_calls,
-    squeeze_excite_calls,
-    bn_se_act_calls,
-    residual_mix_calls,
-]
+# --- what is launched
 
 
 def jobs(full: bool) -> list[Job]:
@@ -181,20 +125,6 @@ def jobs(full: bool) -> list[Job]:
             compiled_for.add((job.kernel, arch))
             found[replace(job, arch=arch)] = None
     return list(found)
-
-
-def variant(launch) -> tuple:
-    """What a launch is apart from its configuration: the arguments it has, its other flags."""
-    present = tuple(a is None for a in launch.args)
-    flags = {k: v for k, v in launch.flags.items() if not k.startswith("BLOCK")}
-    return launch.name, present, tuple(flags.items())
-
-
-def configuration(launch) -> tuple:
-    """Its kernel, layout and configuration alone."""
-    shape = {k: v for k, v in launch.flags.items() if k.startswith("BLOCK")}
-    nhwc = launch.flags.get("NHWC")
-    return launch.name, nhwc, tuple(shape.items()), tuple(launch.options.items())
 
 
 def job_of(launch, dtype: str, arch: int) -> Job:

@@ -1,0 +1,78 @@
+"""What the compile gate compiles: every launcher on meta tensors of ResNet-50's first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fusedres import triton_kernels
+
+
+def meta(shape, dtype=torch.float32, nhwc=False) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if nhwc else x
+
+
+def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("bn_act")
+    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
+    _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
+    ops.bn_act(x, c, c, None, c, c, False, 1e-5, "relu", False)
+    args = mean, var, mask, True, 1e-5, "relu"
+    ops.bn_act_backward(x, x, c, c, None, *args, True)
+    args = mean, var, mask[:0, 0], True, 1e-5, "relu"
+    ops.bn_act_backward(x, x, c, c, None, *args, False)
+    if nhwc:  # in one launch each
+        x, c = meta((16, 2048, 7, 7), dtype, nhwc), meta(2048)
+        ops.bn_stats(x)
+        _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
+        ops.bn_act_backward(x, x, c, c, None, mean, var, mask, True, 1e-5, "relu", True)
+
+
+def squeeze_excite_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("squeeze_excite")
+    x, w1, w2 = meta((256, 256, 56, 56), dtype, nhwc), meta((16, 256)), meta((256, 16))
+    mlp = w1, meta(16), w2, meta(256)
+    _, *saved = ops.squeeze_excite(x, *mlp, x, "relu", "sigmoid", "relu", True)
+    ops.squeeze_excite_backward(x, x, w1, w2, None, *saved, "relu", "sigmoid", "relu", True)
+
+
+def bn_se_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("bn_se_act")
+    x, c = meta((256, 256, 56, 56), dtype, nhwc), meta(256)
+    w1, w2 = meta((16, 256)), meta((256, 16))
+    options = True, 1e-5, "relu", "sigmoid", "relu", True
+    _, *saved = ops.bn_se_act(x, c, c, w1, meta(16), w2, meta(256), x, None, None, *options)
+    ops.bn_se_act_backward(x, x, c, c, w1, w2, None, *saved, *options)
+
+
+def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("residual_mix")
+    x, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256, dtype)
+    for gate, scales in ((None, rows), (x, None)):
+        _, mask = ops.residual_mix(x, x, gate, scales, 1.0, 1.0, "relu", True)
+        ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
+
+
+# A function of dtype and layout for every op.
+CALLS: list[Callable[[torch.dtype, bool], None]] = [
+    bn_act_calls,
+    squeeze_excite_calls,
+    bn_se_act_calls,
+    residual_mix_calls,
+]
+
+
+def variant(launch) -> tuple:
+    """What a launch is apart from its configuration: the arguments it has, its other flags."""
+    present = tuple(a is None for a in launch.args)
+    flags = {k: v for k, v in launch.flags.items() if not k.startswith("BLOCK")}
+    return launch.name, present, tuple(flags.items())
+
+
+def configuration(launch) -> tuple:
+    """Its kernel, layout and configuration alone."""
+    shape = {k: v for k, v in launch.flags.items() if k.startswith("BLOCK")}
+    nhwc = launch.flags.get("NHWC")
+    return launch.name, nhwc, tuple(shape.items()), tuple(launch.options.items())
