@@ -21,6 +21,8 @@ SHELL := bash
 LIBRARY := fusedres/_C.so
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
+# A process a core, one thread each: most tensors are too small for two. ARGS="-n 0" for one process.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 SANITIZED := build/sanitize/fusedres/_C.so
 OP_TESTS = $(patsubst %,tests/test_%.py,bn_act squeeze_excite bn_se_act residual_mix residual_add \
 	conv_stats conv_bn_act add_norm highway lstm densenet)
@@ -47,7 +49,7 @@ demo: build $(DEMO_READY) ## train on real images with plain and with fused bloc
 	$(PY) -m fusedres demo $(ARGS)
 
 test: build $(TEST_READY) ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 build: $(LIBRARY) $(BUILD_READY) ## compile the library (again, where a source changed)
 
@@ -74,7 +76,7 @@ gate: build $(TEST_READY) ## compile the Triton kernels for every GPU generation
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	FUSEDRES_LIBRARY=$(abspath $(SANITIZED)) $(PY) -m pytest $(ARGS) $(OP_TESTS)
+	FUSEDRES_LIBRARY=$(abspath $(SANITIZED)) $(PYTEST) $(ARGS) $(OP_TESTS)
 
 wheel: $(BUILD_READY) ## build a wheel into dist/
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist

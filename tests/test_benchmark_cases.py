@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedres
-from benchmark_harness import CPU, RATES, ROOT, FakeClock, no_measuring
+from benchmark_harness import CPU, RATES, ROOT, FakeClock, no_measuring, own_environment
 from benchmarks import (
     cases,
     conv_cases,
@@ -263,7 +263,7 @@ def test_every_goal_of_a_cpu_is_in_the_table():
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--suite", "table"]
         + ["--collect-only", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT, capture_output=True, text=True, check=True, env=own_environment(),
     )  # fmt: skip
     ids = [line.partition("[")[2].rstrip("]") for line in found.stdout.splitlines() if "[" in line]
     for goal in goals.GOALS:

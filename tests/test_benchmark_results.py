@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from benchmark_harness import (
     X,
     competitor,
     no_measuring,
+    own_environment,
     recorded,
     result,
 )
@@ -221,12 +221,13 @@ def test_the_estimate_takes_what_was_recorded_on_this_cpu(no_measuring, monkeypa
     assert found.estimate([ID, "unknown"]) == 100 + 3 * SETTINGS["seconds"] + run.CHECK_SECONDS
 
 
-def _bench(*arguments, **kwargs):
+def _bench(*arguments, **environment):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"]
     command += ["-p", "no:cacheprovider", "--benchmark-quiet", "--seconds", "0.1", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs
-    )
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=own_environment() | environment,
+    )  # fmt: skip
 
 
 def test_an_interrupted_run_resumes(tmp_path):
@@ -257,7 +258,7 @@ def test_an_interrupted_run_resumes(tmp_path):
 
 
 def test_a_run_refuses_settings_that_mean_nothing():
-    process = _bench("--seconds", "0", env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    process = _bench("--seconds", "0", PYTHONWARNINGS="ignore")
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--seconds" in printed

@@ -31,8 +31,8 @@ NETWORKS = {
         lambda: small(resnet.Bottleneck, replace_stride_with_dilation=[False, True, True]),
         9,
     ),
-    "group_norm": (lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c)), 8),
-    "instance_norm": (lambda: small(norm_layer=nn.InstanceNorm2d), 8),
+    "group_norm": (lambda: small(norm_layer=lambda c: nn.GroupNorm(4, c)), 5),
+    "instance_norm": (lambda: small(norm_layer=nn.InstanceNorm2d), 5),
     "frozen_norm": (lambda: small(norm_layer=ops.FrozenBatchNorm2d), 8),
 }
 

@@ -98,7 +98,7 @@ BAD = [
     # momentum, eps, names
     (BN, dict(momentum=-0.1), ValueError, r"momentum: wanted .* >= 0, got -0.1"),
     (BN, dict(momentum=float("nan")), ValueError, r"momentum: wanted .* got nan"),
-    ((*BN, conv_bn_act), dict(eps=-1e-5), ValueError, r"eps: wanted .* >= 0, got -1e-05"),
+    ((*BN, conv_bn_act), dict(eps=-1e-5), ValueError, r"eps: wanted .* >=? 0, got -1e-05"),
     ((*BN, conv_bn_act, residual_mix), dict(act="swish"), ValueError, r"act: wanted one of 'identity', 'relu'.*'swish'"),
     ([squeeze_excite], dict(post_act="tanh"), ValueError, r"post_act: wanted one of.*'tanh'"),
     (SE, dict(gate="softmax"), ValueError, r"gate: wanted one of 'sigmoid', 'hard_sigmoid', got 'softmax'"),
