@@ -30,12 +30,9 @@ def gradients(
 
 
 def gradient_like(y: Tensor) -> Tensor:
-    """The same random gradient for every execution of a test."""
-    state = torch.get_rng_state()
-    torch.manual_seed(11)
-    dy = torch.empty_like(y).copy_(torch.randn(y.shape).to(y.dtype))
-    torch.set_rng_state(state)
-    return dy
+    """The same random gradient for every execution of a test, in every thread."""
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(11))
+    return torch.empty_like(y).copy_(noise.to(y.dtype))
 
 
 def double(tensors: Tensors) -> Tensors:
