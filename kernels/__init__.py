@@ -11,6 +11,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | stats.py | per-channel statistics of x |
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
 | mlp.py | the squeeze-excite MLP on [N, C] |
+| implicit_gemm.py, conv.py | the convolutions' mainloop; what it takes, and who convolves |
 | <op>.py | the op's launchers, and the kernels that are its own |
 
 ``kernels`` is the name of another package, so this folder refuses to be imported under it.
@@ -34,6 +35,8 @@ LAUNCHERS = {
     "bn_se_act_backward": "bn_se_act",
     "residual_mix": "residual_mix",
     "residual_mix_backward": "residual_mix",
+    "conv_bn_act": "conv_bn_act",
+    "conv_stats": "conv_stats",
 }
 
 
