@@ -47,10 +47,11 @@ class Way:
 
 
 ATEN, CUDNN = Way("aten"), Way("cudnn")
-# 64 to 96 KiB of shared memory: one fits every GPU, two fit an H100. None was measured yet.
-LARGE = Way("triton", 128, 128, 64, 8, 3)
-NARROW = Way("triton", 128, 64, 64, 4, 3)
+# 48 to 72 KiB of shared memory: one fits every GPU, two or more an H100. None was measured yet.
+# Tiles of 128 columns spill on sm_100, with moments also steps of 64 channels on sm_120.
+MEDIUM = Way("triton", 128, 64, 64, 8, 3)
 SMALL = Way("triton", 64, 64, 64, 4, 4)
+WITH_MOMENTS = Way("triton", 128, 64, 32, 8, 4)
 # A launch of fewer tiles than this leaves some of an H100's 132 multiprocessors without one.
 FEW_TILES = 132
 
@@ -63,6 +64,8 @@ class Conv:
         weight: [K, C / groups, KH, KW]; copied for the kernel where it is not channels_last.
         geometry: stride, padding, dilation, groups.
     """
+
+    configs = MEDIUM, SMALL  # the last one is for few pixels
 
     def __init__(self, op: str, x: Tensor, weight: Tensor, geometry: Sequence):
         self.op, self.x, self._weight = op, x, weight
@@ -85,10 +88,9 @@ class Conv:
 
     def ways(self) -> list[Way]:
         """Configurations of our kernel, the default first."""
-        wide = self.channels // self.groups > NARROW.n
-        order = [LARGE, NARROW, SMALL] if wide else [NARROW, LARGE, SMALL]
-        if cdiv(self.rows, order[0].m) * cdiv(self.channels, order[0].n) < FEW_TILES:
-            order = [SMALL, *(way for way in order if way is not SMALL)]
+        order = list(self.configs)
+        if self.programs(self.flags(order[0])) < FEW_TILES:
+            order.reverse()
         return [replace(way, tma=True) for way in order if self.has_tma()] + order
 
     def has_tma(self) -> bool:

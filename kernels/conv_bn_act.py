@@ -24,7 +24,7 @@ from .tile import load_channels
 FOLD_BLOCK = 2048
 
 
-# Computes: y = act(a * (conv(x) + bias - mean) + bn_bias + residual)
+# Computes: y = act(a * conv(x) + shift + residual), shift = a * (bias - mean) + bn_bias
 # Reads:    x [N, H, W, C] once a block of channels, from the L2 after the first (a 3x3: once a
 #           tap); weight, cached; residual [N, P, Q, K] once; the channels' parameters [K]
 # Writes:   y [N, P, Q, K] once
@@ -57,10 +57,10 @@ def conv_bn_act_fwd_kernel(
     start, offs, inside, c0 = result_tile(m0, group, k0, groups, M, K, BLOCK_M, BLOCK_N)
     channels = groups * K
     _, _, a = bn_scale(bn_weight_ptr, var_ptr, c0, channels, eps, BLOCK_N)
-    center = load_channels(mean_ptr, c0, channels, BLOCK_N, 0.0)
-    center -= load_channels(bias_ptr, c0, channels, BLOCK_N, 0.0)
-    z = (z - center[None, :]) * a[None, :]
-    z += load_channels(bn_bias_ptr, c0, channels, BLOCK_N, 0.0)[None, :]
+    shift = load_channels(bias_ptr, c0, channels, BLOCK_N, 0.0)
+    shift = (shift - load_channels(mean_ptr, c0, channels, BLOCK_N, 0.0)) * a
+    shift += load_channels(bn_bias_ptr, c0, channels, BLOCK_N, 0.0)
+    z = z * a[None, :] + shift[None, :]
     if residual_ptr is not None:
         z += tl.load(residual_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + start + offs, act_forward(z, ACT).to(y_ptr.dtype.element_ty), mask=inside)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .conv import ATEN, Conv, Plan, Way, in_order, plan_of, why_not
+from .conv import ATEN, WITH_MOMENTS, Conv, Plan, Way, in_order, plan_of, why_not
 from .implicit_gemm import conv_tile, gemm_tile, part_of, result_tile
 from .launch import REDUCE_PROGRAMS, cdiv, launch, vector
 from .stats import Moments, add_tile, batch_statistics
@@ -42,7 +42,8 @@ def conv_stats_fwd_kernel(
     channels = groups * K
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
-    for t in range(tiles_here(first, M, tiles, BLOCK_M)):
+    # Hoisting addresses out of the tiles costs registers that the moments need (spills on sm_120).
+    for t in tl.range(tiles_here(first, M, tiles, BLOCK_M), disable_licm=True):
         m0 = first + t * BLOCK_M
         if TMA:
             y = gemm_tile(
@@ -57,13 +58,16 @@ def conv_stats_fwd_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         start, offs, inside, c0 = result_tile(m0, group, k0, groups, M, K, BLOCK_M, BLOCK_N)
-        y += load_channels(bias_ptr, c0, channels, BLOCK_N, 0.0)[None, :]
-        y = tl.where(inside, y, 0.0).to(y_ptr.dtype.element_ty)
+        in_rows = (tl.arange(0, BLOCK_M) < M - m0)[:, None]
+        if bias_ptr is not None:  # without one, rows beyond M are zeros
+            y += load_channels(bias_ptr, c0, channels, BLOCK_N, 0.0)[None, :]
+            y = tl.where(in_rows, y, 0.0)
+        y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + start + offs, y, mask=inside)
         if part_mean_ptr is not None:
             count = tl.minimum(M - m0, BLOCK_M).to(tl.float32)
             mean, m2 = add_tile(
-                mean, m2, y.to(tl.float32), inside, 1.0 * t * BLOCK_M, count, True
+                mean, m2, y.to(tl.float32), in_rows, 1.0 * t * BLOCK_M, count, True
             )  # fmt: skip
     if part_mean_ptr is not None:
         offs_k = tl.arange(0, BLOCK_N)
@@ -74,6 +78,8 @@ def conv_stats_fwd_kernel(
 
 class Training(Conv):
     """The convolution with the norm before it: checked operands, and the ways to run it."""
+
+    configs = (WITH_MOMENTS,)
 
     def __init__(
         self, x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, weight, bias,

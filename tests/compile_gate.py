@@ -72,7 +72,7 @@ def jobs(full: bool) -> list[Job]:
                     found |= dict.fromkeys(new)
     compiled_for = {(job.kernel, job.arch) for job in found}
     for job, arch in itertools.product(list(found), ARCHS):  # of a kernel that had too few turns
-        if (job.kernel, arch) not in compiled_for:
+        if (job.kernel, arch) not in compiled_for and arch in archs_of(dict(job.constants)):
             compiled_for.add((job.kernel, arch))
             found[replace(job, arch=arch)] = None
     return list(found)

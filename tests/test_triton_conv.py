@@ -128,7 +128,7 @@ def test_through_tensor_descriptors(norm, dtype):
     case = Conv((3, 72, 6, 5), (40, 72, 1, 1), padding=(0, 0), bias=True)
     with triton_on("cpu"), launch.dry_run() as recorded:
         MODULES[0].conv_bn_act(*inference_args(case, inference_tensors(case, dtype)))
-    assert [one.flags["TMA"] for one in recorded] == [True] * 3 + [False] * 3
+    assert [one.flags["TMA"] for one in recorded] == [True, True, False, False]
     with triton_on("cpu"):
         inference.check_against_reference(inference_tensors(case, dtype), case, "relu")
         training.check_against_reference(

@@ -44,8 +44,8 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
     """Why oneDNN's fused call cannot do this, or None."""
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, x is on {x.device.type}"
-    if forced_backend() == "reference":
-        return "the reference backend was asked for"
+    if (asked := forced_backend()) in ("reference", "triton"):
+        return f"the {asked} backend was asked for"
     if transformed():
         return "inside torch.func's transforms ops run as plain PyTorch"
     if not onednn_has(torch.float32):
