@@ -10,6 +10,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | activations.py, tile.py | device functions: activations, gates; addresses, bit masks |
 | stats.py | per-channel statistics of x |
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
+| residual_sum.py, norm_rows.py | the passes of residual_add and of add_norm |
 | mlp.py | the squeeze-excite MLP on [N, C] |
 | implicit_gemm.py, conv.py | the convolutions' mainloop; what it takes, and who convolves |
 | <op>.py | the op's launchers, and the kernels that are its own |
@@ -35,6 +36,10 @@ LAUNCHERS = {
     "bn_se_act_backward": "bn_se_act",
     "residual_mix": "residual_mix",
     "residual_mix_backward": "residual_mix",
+    "residual_add": "residual_add",
+    "residual_add_backward": "residual_add",
+    "add_norm": "add_norm",
+    "add_norm_backward": "add_norm",
     "conv_bn_act": "conv_bn_act",
     "conv_stats": "conv_stats",
 }
