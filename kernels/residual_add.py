@@ -21,7 +21,11 @@ from .residual_sum import (
     residual_add_fwd_kernel,
 )
 from .stats import MERGE_CHANNELS, MERGE_PARTS, batch_statistics, moments
-from .stream import APPLY_CONFIGS, REDUCE_CONFIGS
+from .stream import APPLY_CONFIGS
+
+# The first is the default. None was measured on a GPU yet. Larger tiles of four tensors spill.
+REDUCE_CONFIGS = Config(4096, 64, 4), Config(2048, 64, 4)
+BACKWARD_CONFIGS = Config(2048, 64, 4), Config(4096, 64, 8)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ def residual_add_backward(
         _sums(view, operands, maps, sums, dscale)
     else:
         sums = [t.zero_() for t in sums]
+    recompute = operands[3] is None and act != "identity"  # z is found again, from both operands
+    x = x if recompute or batch_stats else None
+    shortcut = shortcut if recompute or shortcut_batch_stats else None
+    operands = dy, x, shortcut, operands[3]
     through = (*(sums[:2] if batch_stats else (None, None)),)
     through += (*(sums[2:] if shortcut_batch_stats else (None, None)),)
 
@@ -124,7 +132,7 @@ def residual_add_backward(
             float(view.count), *maps.eps, device=dy.device, warps=config.warps, ACT=act, **flags,
         )  # fmt: skip
 
-    tuning.run(_key(view, "apply", operands, act), APPLY_CONFIGS, work, dy.device)
+    tuning.run(_key(view, "apply", operands, act), BACKWARD_CONFIGS, work, dy.device)
     return dx, *sums[:2], dshortcut, *sums[2:], dscale
 
 

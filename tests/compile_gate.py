@@ -42,7 +42,7 @@ from gate_rules import Found, Job, failures  # noqa: E402
 ARCHS = (80, 90, 100, 120)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HALF = (torch.bfloat16, torch.float16)
-TYPES = {**DTYPES, torch.uint8: "u8", torch.float64: "fp64", torch.int32: "i32"}
+TYPES = {**DTYPES, torch.uint8: "u8", torch.bool: "i1", torch.float64: "fp64", torch.int32: "i32"}
 
 
 # --- what is launched

@@ -55,6 +55,31 @@ def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
         ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
 
 
+def residual_add_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("residual_add")
+    x, c, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256), meta((256, 1))
+    for norm, scale in (((c, c, c, c), None), ((None,) * 4, rows)):
+        batch = norm[0] is not None
+        numbers = batch, batch, 1e-5, 1e-5, "relu"
+        _, mask, _, _ = ops.residual_add(x, *norm, x, *norm, scale, *numbers, True, False)
+        kept = x if batch else None
+        args = x, kept, *norm, kept, *norm, scale, mask, *numbers, batch, batch, True
+        ops.residual_add_backward(*args)
+    ops.residual_add_backward(x, x, *norm, x, *norm, rows, mask, *numbers, True, False, True)
+
+
+def add_norm_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if nhwc:
+        return
+    ops = triton_kernels.package().module("add_norm")
+    for d, norm, keep in ((768, "layer", True), (8192, "rms", False)):
+        x, p, rows = meta((16384, d), dtype), meta(d), meta(16384)
+        kept = meta((16384, d), torch.bool) if keep else None
+        bias = p if norm == "layer" else None
+        _, total, mean, rstd = ops.add_norm(x, x, p, bias, kept, rows, 1.25, 1e-5, norm)
+        ops.add_norm_backward(total, x, x, p, mean, rstd, kept, rows, 1.25, norm)
+
+
 def conv_bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
     if not nhwc:
         return
@@ -97,6 +122,8 @@ CALLS: list[Callable[[torch.dtype, bool], None]] = [
     squeeze_excite_calls,
     bn_se_act_calls,
     residual_mix_calls,
+    residual_add_calls,
+    add_norm_calls,
     conv_bn_act_calls,
     conv_stats_calls,
 ]

@@ -21,6 +21,9 @@ STREAMING = {
     "stream_fwd_apply_kernel": ("y_ptr",),
     "stream_bwd_reduce_kernel": (),
     "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),
+    "residual_add_fwd_kernel": ("y_ptr",),
+    "residual_add_bwd_reduce_kernel": (),
+    "residual_add_bwd_apply_kernel": ("dx_ptr", "dshortcut_ptr"),
     "residual_mix_fwd_kernel": ("y_ptr",),
     "residual_mix_bwd_kernel": ("dbranch_ptr", "dshortcut_ptr", "dgate_ptr"),
 }

@@ -81,7 +81,9 @@ def test_other_numbers_of_dimensions(shape, device):
 @devices
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 5)], ids=str)
 def test_empty_batch(shape, device):
-    tensors = to(device, add.tensors_of(shape, "NCHW", torch.float32, a="batch", b="scaled", rows=1))
+    tensors = to(
+        device, add.tensors_of(shape, "NCHW", torch.float32, a="batch", b="scaled", rows=1)
+    )
     with triton_on(device), triton_kernels.counted() as launched:
         out = gradients(add.fused(a="batch", b="scaled"), tensors, constants=add.CONSTANTS)
     assert launched == []
