@@ -34,8 +34,8 @@ CASES = {
     "dilated": Conv((1, 6, 11, 9), (7, 6, 3, 3), padding=(2, 2), dilation=(2, 2)),
     "grouped": Conv((2, 40, 4, 5), (36, 20, 3, 3), groups=2, stride=(1, 2), bias=True),
     "row_kernel": Conv((2, 4, 5, 12), (6, 4, 1, 3), stride=(1, 2), padding=(0, 1)),
-    "stem": Conv((1, 3, 13, 12), (10, 3, 7, 7), stride=(2, 2), padding=(3, 3)),
-    "tiles": Conv((3, 70, 8, 7), (140, 70, 1, 1), padding=(0, 0)),
+    "stem": Conv((1, 3, 8, 7), (10, 3, 7, 7), stride=(2, 2), padding=(3, 3)),
+    "tiles": Conv((2, 66, 9, 8), (66, 66, 1, 1), padding=(0, 0)),
 }
 ACTS = dict(
     zip(CASES, 2 * ("relu", "identity", "silu", "relu6", "gelu", "hardswish"), strict=False)
@@ -107,7 +107,7 @@ def test_statistics_far_from_zero(device, monkeypatch):
     monkeypatch.setattr(MODULES[1], "REDUCE_PROGRAMS", 1)
     case = Conv((3, 16, 9, 8), (20, 16, 1, 1), padding=(0, 0), bias=True)
     t = training.tensors_of(case, torch.float32, bn=None)
-    t = to(device, t | {"bias": torch.full((20,), 256.0)})
+    t = to(device, t | {"bias": torch.full((20,), 64.0)})
     no_bn = None, None, None, None, False, 0.0, "identity"
     with triton_on(device):
         y, *found = torch.ops.fusedres.conv_stats(
@@ -300,7 +300,7 @@ def test_operands_that_do_not_fit_are_pytorchs_to_refuse():
     assert conv.why_not(x, weight, geometry) == "the operands do not fit together"
     assert conv.why_not(x, weight.half(), geometry) == "the operands do not fit together"
     stats = channels(4), channels(4, low=0.5)
-    with triton_on("cpu"), pytest.raises(RuntimeError, match="convolution"):
+    with triton_on("cpu"), pytest.raises(RuntimeError, match="expected input"):
         torch.ops.fusedres.conv_bn_act(
             x, weight, None, None, None, None, *stats, 1e-5, *geometry, "relu"
         )

@@ -17,8 +17,6 @@ APPLY, SCALE = ["residual_add_bwd_apply_kernel"], ["residual_add_bwd_scale_kerne
 SUMS = ["residual_add_bwd_reduce_kernel", "residual_add_bwd_merge_kernel"]
 
 CASES = {c: options for c, options in add.OPTIONS.items() if c in SMALL}
-CASES["one_image_nhwc"] = add.OPTIONS["one_image_nhwc"]
-CASES["one_channel"] = add.OPTIONS["one_channel"]
 
 
 @executions
@@ -48,7 +46,7 @@ def test_what_needs_no_sum_takes_one_pass_back(rows, device, dtype):
 @pytest.mark.parametrize("options", [dict(), dict(rows=1), dict(a="scaled", act="silu", rows="C")])
 @pytest.mark.usefixtures("many_programs")
 def test_several_tiles_and_chunks(options, layout, device):
-    tensors = to(device, add.tensors_of((2, 20, 5, 7), layout, torch.float32, **options))
+    tensors = to(device, add.tensors_of((2, 18, 3, 7), layout, torch.float32, **options))
     with triton_on(device):
         add.check_against_reference(tensors, options)
 
@@ -70,7 +68,7 @@ def test_statistics_of_the_sum(layout, device, dtype):
 
 
 @devices
-@pytest.mark.parametrize("shape", [(37, 19), (4, 6, 11), (2, 3, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 19), (2, 3, 2, 3, 5)], ids=str)
 def test_other_numbers_of_dimensions(shape, device):
     options = dict(rows=1)
     tensors = to(device, add.tensors_of(shape, "NCHW", torch.float32, **options))
@@ -107,7 +105,7 @@ def test_non_finite_values_propagate(value, device):
 @devices
 @pytest.mark.usefixtures("many_programs")
 def test_same_bits_from_run_to_run(device):
-    tensors = to(device, add.tensors_of((2, 24, 7, 5), "NHWC", torch.float16, rows=1))
+    tensors = to(device, add.tensors_of((2, 12, 3, 5), "NHWC", torch.float16, rows=1))
     with triton_on(device):
         assert_same_bits(gradients(add.fused(), tensors), gradients(add.fused(), tensors))
 
