@@ -19,7 +19,9 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 """
 
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 if __name__ != "fusedres.kernels":
@@ -43,6 +45,14 @@ LAUNCHERS = {
     "conv_bn_act": "conv_bn_act",
     "conv_stats": "conv_stats",
 }
+
+
+def cache_folder() -> Path:
+    """Where the measured choices are kept: FUSEDRES_CACHE_DIR, or fusedres/ in the user's cache."""
+    folder = os.environ.get("FUSEDRES_CACHE_DIR")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
 
 
 def launcher(op: str) -> Callable:

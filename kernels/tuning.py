@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from . import cache_folder
 from .launch import INTERPRETED, is_dry, on, uncounted
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
@@ -136,11 +137,8 @@ _lock = threading.Lock()
 
 def cache_path(gpu: str) -> Path:
     """The file of one GPU model and Triton version."""
-    base = os.environ.get("FUSEDRES_CACHE_DIR")
-    if not base:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return Path(base) / f"triton-{triton.__version__}-{name}.json"
+    return cache_folder() / f"triton-{triton.__version__}-{name}.json"
 
 
 def cache_of(gpu: str) -> Cache:

@@ -15,6 +15,7 @@ import fusedres
 from cases import randn
 from fusedres import dispatch, triton_kernels
 from fusedres.functional import batch_norm_act
+from fusedres.report import doctor
 from modules import block_pair, compare, parameter_gradients
 from test_memory import saved
 from triton_cases import triton_on
@@ -109,6 +110,22 @@ def test_float64_on_a_gpu_belongs_to_the_reference_without_a_warning(gpu, recwar
     gpu()
     assert dispatch.choose("bn_act", on("cuda:0", torch.float64)).backend == "reference"
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("version,reason", [(None, "not installed"), ("3.5.1", "is older than")])
+def test_doctor_says_why_triton_does_not_run(version, reason, gpu):
+    gpu(version=version)
+    (found,) = (f for f in doctor.examine() if f.name == "Triton")
+    assert not found.available and reason in found.reason
+
+
+def test_doctor_says_where_measured_choices_are_kept(monkeypatch, tmp_path):
+    for folder, reason in ((tmp_path / "new" / "cache", None), (tmp_path / "file" / "cache", "file")):
+        (tmp_path / "file").write_text("not a folder")
+        monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(folder))
+        (found,) = (f for f in doctor.examine() if f.name == "measured choices")
+        wanted = None if reason is None else f"{tmp_path / reason} is not a folder"
+        assert (found.value, found.reason) == (str(folder), wanted)
 
 
 def test_auto_never_interprets():
