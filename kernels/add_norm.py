@@ -19,15 +19,15 @@ from .norm_rows import (
 )
 from .stats import MERGE_CHANNELS, MERGE_PARTS
 
-# Columns of a block, and values of a tile: 32 a thread of four warps. Not measured.
-BLOCK, TILE = 4096, 4096
+# Columns of a block, and values of a tile; larger tiles of the backward spill. Not measured.
+BLOCK, TILE, BACKWARD_TILE = 4096, 4096, 2048
 COLUMNS, ROWS = 64, 64  # of a tile of the parameters' gradients where rows are long
 
 
-def _blocks(d: int) -> tuple[int, int]:
+def _blocks(d: int, tile: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
     columns = min(BLOCK, max(16, power_of_2(d)))
-    return max(1, min(64, TILE // columns)), columns
+    return max(1, min(64, tile // columns)), columns
 
 
 def _checked(op: str, x: Tensor, **operands: Tensor | None) -> None:
@@ -61,7 +61,7 @@ def add_norm(
     mean = _new(branch, rows if norm == "layer" else 0)
     rstd = _new(branch, 0 if norm == "none" else rows)
     if branch.numel():
-        block_r, block_d = _blocks(d)
+        block_r, block_d = _blocks(d, TILE)
         launch(
             add_norm_fwd_kernel, cdiv(rows, block_r), branch, shortcut, weight, bias, keep,
             row_scale, y, total, mean, rstd, rows, d, scale, eps, device=y.device, warps=4,
@@ -84,7 +84,7 @@ def add_norm_backward(
     dweight, dbias = (_new(sum, 0 if dy is None else d).zero_() for _ in "wb")
     if not sum.numel():
         return dbranch, dshortcut, dweight, dbias
-    block_r, block_d = _blocks(d)
+    block_r, block_d = _blocks(d, BACKWARD_TILE)
     tiles = cdiv(cdiv(rows, block_r), REDUCE_PROGRAMS)
     programs = cdiv(cdiv(rows, block_r), tiles)
     mean = mean if mean.numel() else None
@@ -94,7 +94,7 @@ def add_norm_backward(
     launch(
         add_norm_bwd_kernel, programs, sum, dy, dsum, weight, mean, rstd, keep, row_scale,
         dbranch if scaled else None, dshortcut, *parts, rows, d, tiles, scale, device=sum.device,
-        warps=4, NORM=norm, BLOCK_R=block_r, BLOCK_D=block_d,
+        warps=8, NORM=norm, BLOCK_R=block_r, BLOCK_D=block_d,
     )  # fmt: skip
     if dy is not None:
         _parameters(sum, dy, mean, rstd, parts, dweight, dbias)

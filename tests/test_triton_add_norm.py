@@ -19,10 +19,10 @@ SMALL = ("tokens", "odd", "three_columns", "one_token", "two_dimensions", "both"
 def narrow_blocks(monkeypatch):
     """A row has several blocks of columns, and a program several tiles of rows."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton_kernels.package().module("add_norm"), "BLOCK", 16)
-    monkeypatch.setattr(triton_kernels.package().module("add_norm"), "COLUMNS", 16)
-    monkeypatch.setattr(triton_kernels.package().module("add_norm"), "TILE", 32)
-    monkeypatch.setattr(triton_kernels.package().module("add_norm"), "REDUCE_PROGRAMS", 2)
+    module = triton_kernels.package().module("add_norm")
+    small = dict(BLOCK=16, COLUMNS=16, TILE=32, BACKWARD_TILE=32, REDUCE_PROGRAMS=2)
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
 
 
 @executions
