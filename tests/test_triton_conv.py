@@ -124,16 +124,17 @@ def test_statistics_far_from_zero(device, monkeypatch):
 @pytest.mark.parametrize("norm", [None, "batch"])
 @pytest.mark.usefixtures("kernels_only", "descriptors")
 def test_through_tensor_descriptors(norm, dtype):
-    """Rows, channels and steps that the last tile does not fill."""
-    case = Conv((3, 72, 6, 5), (40, 72, 1, 1), padding=(0, 0), bias=True)
+    """Rows, channels and steps that the last tile does not fill; images of one pixel."""
+    odd = Conv((3, 72, 6, 5), (40, 72, 1, 1), padding=(0, 0), bias=True)
+    pixels = Conv((5, 24, 1, 1), (20, 24, 1, 1), padding=(0, 0), layout="NCHW")
     with triton_on("cpu"), launch.dry_run() as recorded:
-        MODULES[0].conv_bn_act(*inference_args(case, inference_tensors(case, dtype)))
+        MODULES[0].conv_bn_act(*inference_args(odd, inference_tensors(odd, dtype)))
     assert [one.flags["TMA"] for one in recorded] == [True, True, False, False]
-    with triton_on("cpu"):
-        inference.check_against_reference(inference_tensors(case, dtype), case, "relu")
-        training.check_against_reference(
-            training.tensors_of(case, dtype, norm), case, dict(bn=norm, act="silu")
-        )
+    for case in (odd, pixels):
+        tensors = training.tensors_of(case, dtype, norm)
+        with triton_on("cpu"):
+            inference.check_against_reference(inference_tensors(case, dtype), case, "relu")
+            training.check_against_reference(tensors, case, dict(bn=norm, act="silu"))
 
 
 def inference_args(case: Conv, t: dict) -> tuple:

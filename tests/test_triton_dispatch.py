@@ -120,7 +120,10 @@ def test_doctor_says_why_triton_does_not_run(version, reason, gpu):
 
 
 def test_doctor_says_where_measured_choices_are_kept(monkeypatch, tmp_path):
-    for folder, reason in ((tmp_path / "new" / "cache", None), (tmp_path / "file" / "cache", "file")):
+    for folder, reason in (
+        (tmp_path / "new" / "cache", None),
+        (tmp_path / "file" / "cache", "file"),
+    ):
         (tmp_path / "file").write_text("not a folder")
         monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(folder))
         (found,) = (f for f in doctor.examine() if f.name == "measured choices")
