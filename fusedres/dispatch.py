@@ -19,7 +19,7 @@ from . import native, triton_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Ops that are a composition of other ops and oneDNN calls wherever they run.
+# Ops that are a composition of other ops and PyTorch's convolution where no kernel does it all.
 COMPOSED = ("conv_stats", "conv_bn_act")
 
 
@@ -118,9 +118,9 @@ def autocasts(x: Tensor) -> bool:
 
 def _warn_of_plain_pytorch(x: Tensor, reasons: list[str]) -> None:
     if x.device.type == "cpu":
-        _warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
+        warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
     elif x.device.type == "cuda" and x.dtype != torch.float64:  # float64 belongs there
-        _warn_once(f"fusedres runs plain PyTorch: {reasons[1]}")
+        warn_once(f"fusedres runs plain PyTorch: {reasons[1]}")
 
 
 def has_kernel(op: str, x: Tensor, instead: str) -> bool:
@@ -137,7 +137,7 @@ def _runs_on_a_kernel(op: str, x: Tensor) -> bool:
     return any(name != "reference" and BACKENDS[name](op, x) is None for name in names)
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -153,6 +153,16 @@ def notify(event: Event) -> None:
 
 def observed() -> bool:
     return bool(_state.observers)
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """What this thread runs inside the context is a measurement's: no observer hears of it."""
+    before, _state.observers = _state.observers, ()
+    try:
+        yield
+    finally:
+        _state.observers = before
 
 
 @contextlib.contextmanager

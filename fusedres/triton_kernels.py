@@ -91,6 +91,21 @@ def launcher(op: str) -> Callable:
     return package().launcher(op)
 
 
+def plan(op: str, plain: Callable, args: tuple):
+    """Who runs a composed op, as a ``kernels.conv.Plan``: its kernel, cuDNN or ``plain``.
+
+    Args:
+        plain: runs the op as the composition that it is, for measuring.
+    """
+    kernels = package()
+    return kernels.module(kernels.LAUNCHERS[op]).plan(plain, *args)
+
+
+def unfit() -> type[RuntimeError]:
+    """What a launcher raises when the GPU has not the resources for any configuration."""
+    return package().module("tuning").Unfit
+
+
 def can_run(op: str, x: Tensor, *, by_name: bool) -> str | None:
     """Why the kernels cannot run ``op`` on ``x``, or None.
 

@@ -10,14 +10,18 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | activations.py, tile.py | device functions: activations, gates; addresses, bit masks |
 | stats.py | per-channel statistics of x |
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
+| residual_sum.py, norm_rows.py | the passes of residual_add and of add_norm |
 | mlp.py | the squeeze-excite MLP on [N, C] |
+| implicit_gemm.py, conv.py | the convolutions' mainloop; what it takes, and who convolves |
 | <op>.py | the op's launchers, and the kernels that are its own |
 
 ``kernels`` is the name of another package, so this folder refuses to be imported under it.
 """
 
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 if __name__ != "fusedres.kernels":
@@ -34,7 +38,21 @@ LAUNCHERS = {
     "bn_se_act_backward": "bn_se_act",
     "residual_mix": "residual_mix",
     "residual_mix_backward": "residual_mix",
+    "residual_add": "residual_add",
+    "residual_add_backward": "residual_add",
+    "add_norm": "add_norm",
+    "add_norm_backward": "add_norm",
+    "conv_bn_act": "conv_bn_act",
+    "conv_stats": "conv_stats",
 }
+
+
+def cache_folder() -> Path:
+    """Where the measured choices are kept: FUSEDRES_CACHE_DIR, or fusedres/ in the user's cache."""
+    folder = os.environ.get("FUSEDRES_CACHE_DIR")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
 
 
 def launcher(op: str) -> Callable:

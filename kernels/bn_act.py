@@ -152,7 +152,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return passes.no_statistics(view)
     if not fits_registers(view):
-        return batch_statistics(view, moments(view))
+        return batch_statistics(moments(view))
     mean, var = view.new(view.c), view.new(view.c)
     none = [None] * 5
     _whole(bn_act_fwd_whole_kernel, view, x, *none, mean, var, view.c, view.hw, 0.0, ACT="identity")
@@ -182,7 +182,7 @@ def bn_act(
             norm.weight, norm.bias, mean, var, view.c, view.hw, eps, ACT=act,
         )  # fmt: skip
         return y, mean, var, mask
-    norm = norm.with_statistics(*batch_statistics(view, moments(view)))
+    norm = norm.with_statistics(*batch_statistics(moments(view)))
     passes.apply(view, y, mask, norm, residual=residual, act=act)
     return y, norm.mean, norm.var, mask
 

@@ -76,7 +76,7 @@ def bn_se_act(
         return y, *stats, squeezed, hidden, squeezed.clone(), mask
     found, saved = moments(view), None
     if norm.mean is None:
-        norm = norm.with_statistics(*batch_statistics(view, found))
+        norm = norm.with_statistics(*batch_statistics(found))
         stats = norm.mean, norm.var
     else:
         stats = saved = view.new(view.c), view.new(view.c)

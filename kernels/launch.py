@@ -75,6 +75,16 @@ def counted() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """What this thread launches inside the context is a measurement's: nobody counts it."""
+    before, _state.counters = _state.counters, ()
+    try:
+        yield
+    finally:
+        _state.counters = before
+
+
+@contextlib.contextmanager
 def dry_run() -> Iterator[list[Launch]]:
     """What this thread would launch, in every configuration that ships; nothing is started.
 
@@ -111,10 +121,10 @@ def launch(
     if _state.dry is not None:
         _state.dry.append(call)
         return
-    for names in _state.counters:
-        names.append(call.name)
     with on(device):
         kernel[(programs,)](*args, **flags, **options)
+    for names in _state.counters:
+        names.append(call.name)
 
 
 def power_of_2(n: int) -> int:

@@ -97,7 +97,7 @@ def squeeze(view: View, found: Moments, norm: Norm) -> tuple[Tensor, Tensor]:
     block_c = min(SQUEEZE_CHANNELS, power_of_2(view.c))
     launch(
         se_squeeze_kernel, view.n * cdiv(view.c, block_c), found.mean, *norm.pointers, squeezed,
-        pooled, found.chunks(view), view.c, view.hw, found.chunk, norm.eps,
+        pooled, cdiv(view.hw, found.chunk), view.c, view.hw, found.chunk, norm.eps,
         device=squeezed.device, warps=4, BLOCK_C=block_c,
     )  # fmt: skip
     return squeezed, squeezed if pooled is None else pooled

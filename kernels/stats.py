@@ -16,6 +16,20 @@ from .tile import aligned, locate, spread, sum_pixels, tile, tiles_here
 CONFIGS = (Config(4096, 64, 4), Config(8192, 64, 8), Config(2048, 64, 4), Config(4096, 128, 4))
 MERGE_CHANNELS, MERGE_PARTS = 16, 64
 
+
+@triton.jit
+def add_tile(mean, m2, x, inside, before, count, NHWC: tl.constexpr):
+    """Mean and M2 of ``before`` values a channel and of a tile with ``count`` more, merged."""
+    tile_mean = sum_pixels(x, NHWC) / count
+    deviation = tl.where(inside, x - spread(tile_mean, NHWC), 0.0)
+    # Chan, Golub and LeVeque 1983, eq. 2.1
+    delta = tile_mean - mean
+    share = count / (before + count)
+    mean += delta * share
+    m2 += sum_pixels(deviation * deviation, NHWC) + delta * delta * (before * share)
+    return mean, m2
+
+
 # Computes: mean and M2 = sum (x - mean)^2 of BLOCK_C channels over a chunk of pixels
 # Reads:    x [N, C, HW] once
 # Writes:   mean, m2 [N, chunks, C] fp32
@@ -38,15 +52,8 @@ def bn_stats_kernel(
         i0 = first + t * BLOCK_HW
         start, offs, inside = tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
         x = tl.load(x_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
-        before = 1.0 * t * BLOCK_HW
         count = tl.minimum(HW - i0, BLOCK_HW).to(tl.float32)
-        tile_mean = sum_pixels(x, NHWC) / count
-        deviation = tl.where(inside, x - spread(tile_mean, NHWC), 0.0)
-        # Chan, Golub and LeVeque 1983, eq. 2.1
-        delta = tile_mean - mean
-        share = count / (before + count)
-        mean += delta * share
-        m2 += sum_pixels(deviation * deviation, NHWC) + delta * delta * (before * share)
+        mean, m2 = add_tile(mean, m2, x, inside, 1.0 * t * BLOCK_HW, count, NHWC)
     offs_c = c0 + tl.arange(0, BLOCK_C)
     tl.store(mean_ptr + part * C + offs_c, mean, mask=offs_c < C)
     tl.store(m2_ptr + part * C + offs_c, m2, mask=offs_c < C)
@@ -90,14 +97,17 @@ def bn_stats_merge_kernel(
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and M2 of chunks of pixels: [n * chunks, C] fp32 each, in a View's order."""
+    """Mean and M2 of chunks of pixels: [n * ceil(pixels / chunk), C] fp32 each.
+
+    Args:
+        chunk: pixels of a chunk; the last one of an image is shorter.
+        pixels: of an image.
+    """
 
     mean: Tensor
     m2: Tensor
     chunk: int
-
-    def chunks(self, view: View) -> int:
-        return cdiv(view.hw, self.chunk)
+    pixels: int
 
 
 def moments(view: View) -> Moments:
@@ -107,7 +117,7 @@ def moments(view: View) -> Moments:
         flags = view.flags(config)
         chunk = view.chunk(flags)
         parts = view.n * cdiv(view.hw, chunk)
-        found = Moments(view.new(parts, view.c), view.new(parts, view.c), chunk)
+        found = Moments(view.new(parts, view.c), view.new(parts, view.c), chunk, view.hw)
         launch(
             bn_stats_kernel, view.programs(flags, chunk), view.x, found.mean, found.m2,
             view.c, view.hw, chunk // flags["BLOCK_HW"], device=view.x.device, warps=config.warps,
@@ -118,13 +128,14 @@ def moments(view: View) -> Moments:
     return tuning.run(view.key("bn_stats"), CONFIGS, work, view.x.device)
 
 
-def batch_statistics(view: View, found: Moments) -> tuple[Tensor, Tensor]:
+def batch_statistics(found: Moments) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] fp32 over everything; NaN without values, as PyTorch's."""
-    mean, var = view.new(view.c), view.new(view.c)
-    block_c = min(MERGE_CHANNELS, power_of_2(view.c))
+    parts, c = found.mean.shape
+    mean, var = (found.mean.new_empty(c) for _ in "mv")
+    block_c = min(MERGE_CHANNELS, power_of_2(c))
     launch(
-        bn_stats_merge_kernel, cdiv(view.c, block_c), found.mean, found.m2, mean, var,
-        found.mean.shape[0], found.chunks(view), view.c, view.hw, found.chunk,
-        device=view.x.device, warps=4, BLOCK_P=MERGE_PARTS, BLOCK_C=block_c,
+        bn_stats_merge_kernel, cdiv(c, block_c), found.mean, found.m2, mean, var, parts,
+        cdiv(found.pixels, found.chunk), c, found.pixels, found.chunk, device=mean.device, warps=4,
+        BLOCK_P=MERGE_PARTS, BLOCK_C=block_c,
     )  # fmt: skip
     return mean, var

@@ -5,11 +5,14 @@ on this GPU tries each configuration. What it found is kept in a file a GPU and 
 FUSEDRES_CACHE_DIR (default: fusedres/ in XDG_CACHE_HOME, ~/.cache), and is used from then on
 with or without FUSEDRES_TUNE. A measurement replays the launch on its own inputs, which it only
 reads, and on results that it allocates: nothing of the user's is written to.
+
+A configuration that the GPU has not the resources for is left out, with a warning.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -17,21 +20,27 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
-from .launch import INTERPRETED, is_dry, on
+from . import cache_folder
+from .launch import INTERPRETED, is_dry, on, uncounted
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
 Result = TypeVar("Result")
 Timer = Callable[[Callable[[], object]], float]
 
 REPEATS = 5
+
+
+class Unfit(RuntimeError):
+    """A GPU has not the resources for a configuration, or for any."""
 
 
 def cuda_timer(run: Callable[[], object]) -> float:
@@ -48,8 +57,16 @@ def cuda_timer(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a measurement found: a configuration's fields, and the least time of each rival."""
+
+    config: list
+    ms: dict[str, float] = field(default_factory=dict)
+
+
 class Cache:
-    """Measured choices, in memory and in one JSON file: ``{key: the configuration's fields}``.
+    """Measured choices, in memory and in one JSON file: ``{key: a Choice's fields}``.
 
     Processes may share the file: it is replaced as a whole, with what others wrote meanwhile
     taken over. A file that cannot be read counts as empty and one that cannot be written is given
@@ -62,19 +79,26 @@ class Cache:
         self._choices = self._read()
         self._writable = True
 
+    def choice(self, key: str) -> Choice | None:
+        found = self._choices.get(key)
+        try:
+            return Choice(list(found["config"]), {by: float(t) for by, t in found["ms"].items()})
+        except (TypeError, KeyError, ValueError, AttributeError):  # none, or not written by us
+            return None
+
     def get(self, key: str, configs: Sequence[Config]) -> Config | None:
         """The choice for ``key``, if it is still one of ``configs``."""
-        choice = self._choices.get(key)
-        return next((c for c in configs if list(astuple(c)) == choice), None)
+        found = self.choice(key)
+        return next((c for c in configs if found and list(astuple(c)) == found.config), None)
 
-    def put(self, key: str, config: Config) -> None:
+    def put(self, key: str, config: Config, ms: dict[str, float] | None = None) -> None:
         with self._lock:
-            self._choices[key] = list(astuple(config))
+            self._choices[key] = {"config": list(astuple(config)), "ms": ms or {}}
             if self._writable:
                 self._choices = self._read(warn=False) | self._choices
                 self._write()
 
-    def _read(self, warn: bool = True) -> dict[str, list[int]]:
+    def _read(self, warn: bool = True) -> dict[str, dict]:
         try:
             found = json.loads(self.path.read_text())
             if not isinstance(found, dict):
@@ -113,11 +137,8 @@ _lock = threading.Lock()
 
 def cache_path(gpu: str) -> Path:
     """The file of one GPU model and Triton version."""
-    base = os.environ.get("FUSEDRES_CACHE_DIR")
-    if not base:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return Path(base) / f"triton-{triton.__version__}-{name}.json"
+    return cache_folder() / f"triton-{triton.__version__}-{name}.json"
 
 
 def cache_of(gpu: str) -> Cache:
@@ -155,6 +176,9 @@ def best(
         key: what the choice depends on: kernel, dtype, layout, sizes.
         configs: those that ship; the first is the default.
         work: does everything with one configuration, into results of its own.
+
+    Raises:
+        Unfit: none of them runs here.
     """
     known = cache_of(gpu)
     found = known.get(key, configs)
@@ -162,20 +186,80 @@ def best(
         return found
     if not measuring():
         return configs[0]
-    times = [timer(lambda config=config: work(config)) for config in configs]
-    fastest = configs[times.index(min(times))]
-    known.put(key, fastest)
+    with uncounted():
+        times = [_time(key, config, work, timer) for config in configs]
+    least = min(times)
+    if least == math.inf:
+        raise Unfit(f"{_kernel(key)}: no configuration fits this GPU")
+    ms: dict[str, float] = {}
+    for config, time in zip(configs, times, strict=True):
+        if time < math.inf:
+            ms[rival(config)] = min(time, ms.get(rival(config), math.inf))
+    fastest = configs[times.index(least)]
+    known.put(key, fastest, ms)
     return fastest
+
+
+def rival(config: Config) -> str:
+    """Who carries a configuration out: a kernel of ours unless it says otherwise."""
+    return getattr(config, "by", "triton")
+
+
+def _time(key: str, config: Config, work: Callable[[Config], object], timer: Timer) -> float:
+    try:
+        return timer(lambda: work(config))
+    except (OutOfResources, Unfit) as error:
+        _leave_out(key, config, error)
+        return math.inf
+
+
+_unfit: set[tuple] = set()  # (key, configuration)
+
+
+def _leave_out(key: str, config: Config, error: Exception) -> None:
+    _unfit.add((key, config))
+    message = f"fusedres: {_kernel(key)}: {config} is left out: {error}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _kernel(key: str) -> str:
+    return key.partition("|")[0]
+
+
+def choose(
+    key: str, configs: Sequence[Config], work: Callable[[Config], object], device: torch.device
+) -> Config:  # fmt: skip
+    """The configuration to use: measured, or the first one that is not known to be unfit."""
+    fit = [config for config in configs if (key, config) not in _unfit]
+    if not fit:
+        raise Unfit(f"{_kernel(key)}: no configuration fits this GPU")
+    gpu = gpu_of(device)
+    if gpu is None or len(fit) == 1:
+        return fit[0]
+    with on(device):
+        return best(key, fit, work, gpu, cuda_timer)
+
+
+def measured(key: str, device: torch.device) -> dict[str, float]:
+    """Milliseconds by rival, where ``key`` was measured."""
+    gpu = gpu_of(device)
+    found = None if gpu is None else cache_of(gpu).choice(key)
+    return {} if found is None else found.ms
 
 
 def run(
     key: str, configs: Sequence[Config], work: Callable[[Config], Result], device: torch.device
 ) -> Result:  # fmt: skip
-    """``work`` with the best configuration; the default one where nothing can be measured."""
+    """``work`` with the best configuration that fits; with the default where none was measured.
+
+    Raises:
+        Unfit: none fits.
+    """
     if is_dry():
         return [work(config) for config in configs][0]
-    gpu = gpu_of(device)
-    if gpu is None or len(configs) == 1:
-        return work(configs[0])
-    with on(device):
-        return work(best(key, configs, work, gpu, cuda_timer))
+    while True:
+        config = choose(key, configs, work, device)
+        try:
+            return work(config)
+        except (OutOfResources, Unfit) as error:
+            _leave_out(key, config, error)

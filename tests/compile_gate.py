@@ -2,10 +2,11 @@
 
     python tests/compile_gate.py [--full]
 
-prints a table and fails on what the kernels must not do: spill registers, or read or write the
-activations in pieces of less than 16 bytes. What is compiled is what the launchers launch: they
-run on meta tensors (gate_calls.py), and each launch is recorded instead of started
-(``launch.dry_run``).
+prints a table and fails on what the kernels must not do: spill registers, take more shared memory
+than there is, compute products without the tensor cores, go without the tensor descriptors they
+claim, or read or write the activations in pieces of less than 16 bytes (gate_rules.py). What is
+compiled is what the launchers launch: they run on meta tensors (gate_calls.py), and each launch is
+recorded instead of started (``launch.dry_run``).
 
 By default every combination of operands is compiled in bf16 and fp16 with the first configuration,
 and every other configuration once, for one architecture in turn, so that every kernel is compiled
@@ -25,9 +26,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,62 +37,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from fusedres import triton_kernels  # noqa: E402
 from fusedres.report.table import render  # noqa: E402
 from gate_calls import CALLS, configuration, variant  # noqa: E402
+from gate_rules import Found, Job, failures  # noqa: E402
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HALF = (torch.bfloat16, torch.float16)
-TYPES = {**DTYPES, torch.uint8: "u8", torch.float64: "fp64", torch.int32: "i32"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel, as one launch specialises it, for one architecture."""
-
-    module: str
-    kernel: str
-    dtype: str
-    arch: int
-    options: tuple[tuple[str, int], ...]
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]  # arguments that are multiples of 16
-
-    @property
-    def warps(self) -> int:
-        return dict(self.options)["num_warps"]
-
-    @property
-    def flags(self) -> str:
-        """What tells it from the kernel's other launches."""
-        return " ".join(_told(name, value) for name, value in self.constants)
-
-
-def _told(name: str, value: object) -> str:
-    if value is None:
-        return f"no {name.removesuffix('_ptr')}"
-    return value if isinstance(value, str) else f"{name}={value:d}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the machine code of a job is like."""
-
-    job: Job
-    registers: int = 0
-    stack: int = 0
-    shared: int = 0
-    instructions: int = 0
-    counts: Counter = field(default_factory=Counter)
-    error: str | None = None
-
-    def widths(self, kind: str) -> dict[str, int]:
-        """Global loads ("LDG") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
-        found: Counter = Counter()
-        for name, n in self.counts.items():
-            if name.startswith(kind + "."):
-                width = re.search(r"\.(U8|S8|U16|S16|64|128)\b", name)
-                found[width.group(1) if width else "32"] += n
-        return dict(found)
+TYPES = {**DTYPES, torch.uint8: "u8", torch.bool: "i1", torch.float64: "fp64", torch.int32: "i32"}
 
 
 # --- what is launched
@@ -115,26 +65,37 @@ def jobs(full: bool) -> list[Job]:
                 variants.add((dtype, variant(one)))
                 configurations.add(configuration(one))
                 if full or default or another:
-                    archs = ARCHS if full else (ARCHS[turns[one.name] % len(ARCHS)],)
+                    archs = archs_of(one.flags)
+                    archs = archs if full else (archs[turns[one.name] % len(archs)],)
                     new = [job_of(one, DTYPES[dtype], arch) for arch in archs]
                     turns[one.name] += 1
                     found |= dict.fromkeys(new)
     compiled_for = {(job.kernel, job.arch) for job in found}
     for job, arch in itertools.product(list(found), ARCHS):  # of a kernel that had too few turns
-        if (job.kernel, arch) not in compiled_for:
+        if (job.kernel, arch) not in compiled_for and arch in archs_of(dict(job.constants)):
             compiled_for.add((job.kernel, arch))
             found[replace(job, arch=arch)] = None
     return list(found)
 
 
+def archs_of(flags: dict) -> tuple[int, ...]:
+    """The architectures on which a launch with these flags may happen."""
+    return tuple(arch for arch in ARCHS if arch >= 90 or not flags.get("TMA"))
+
+
 def job_of(launch, dtype: str, arch: int) -> Job:
     """The specialisation that Triton would choose for the arguments of a launch."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     signature, constants, aligned = {}, {}, []
     for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
         name = parameter.name
         signature[name] = "constexpr"
         if value is None:
             constants[name] = None
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             aligned.append(i)
@@ -194,70 +155,6 @@ def read_machine_code(job: Job, cubin: bytes, shared: int) -> Found:
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
     counts = Counter(lines)
     return Found(job, *map(int, usage.groups()), shared, len(lines), counts)
-
-
-# --- what must hold
-
-
-def failures(found: Found) -> Iterator[str]:
-    if found.error is not None:
-        yield found.error
-        return
-    spills = sum(n for name, n in found.counts.items() if name.startswith(("STL", "LDL")))
-    if found.stack or spills:
-        yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
-    if found.job.kernel in STREAMING:
-        yield from narrow_accesses(found)
-    if found.job.kernel in TENSOR_CORES and not any(name.startswith(MMA) for name in found.counts):
-        yield "no tensor-core instruction"
-
-
-TENSOR_CORES = ("se_mlp_kernel",)
-MMA = ("HMMA", "HGMMA", "UTC")  # of sm_80 and sm_120, sm_90, sm_100; HFMA2.MMA is none
-
-# Kernels that stream activations, and which of their pointers they write activations to.
-STREAMING = {
-    "bn_stats_kernel": (),
-    "bn_act_fwd_whole_kernel": ("y_ptr",),
-    "bn_act_bwd_whole_kernel": ("dx_ptr", "dresidual_ptr"),
-    "stream_fwd_apply_kernel": ("y_ptr",),
-    "stream_bwd_reduce_kernel": (),
-    "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),
-    "residual_mix_fwd_kernel": ("y_ptr",),
-    "residual_mix_bwd_kernel": ("dbranch_ptr", "dshortcut_ptr", "dgate_ptr"),
-}
-
-
-LOADED = ("x_ptr", "dy_ptr", "residual_ptr", "branch_ptr", "shortcut_ptr", "gate_ptr")
-
-
-def narrow_accesses(found: Found) -> Iterator[str]:
-    """Activations are read and written 16 bytes at a time.
-
-    Bytes of the bit mask are narrower, and so are the sums of a program. In NCHW a channel is a row
-    of the tile, and its parameters are read one by one; so are statistics that are only copied.
-    An image's scale is one number.
-    """
-    job = found.job
-    flags = dict(job.constants)
-    kind = f"*{job.dtype}"
-    data = [n for n, t in job.signature if t == kind and n in (*LOADED, *STREAMING[job.kernel])]
-    stored = [name for name in data if name in STREAMING[job.kernel]]
-    size = 4 if job.dtype == "fp32" else 2
-    each = flags["BLOCK_C"] * flags["BLOCK_HW"] * size // (16 * 32 * job.warps)
-    present = dict(job.signature).keys() - flags.keys()
-    narrow = {"U8"}
-    if not flags["NHWC"] or "saved_mean_ptr" in present:
-        narrow.add("32")
-    if "row_scale_ptr" in present:
-        narrow.add("U16" if size == 2 else "32")
-    loads, stores = found.widths("LDG"), found.widths("STG")
-    for width in loads.keys() - {"128"} - narrow:
-        yield f"{loads[width]} global loads of width {width}"
-    if loads.get("128", 0) < each * (len(data) - len(stored)):
-        yield f"{loads.get('128', 0)} loads of 16 bytes for {len(data) - len(stored)} tensors"
-    if stored and stores.get("128", 0) != each * len(stored):
-        yield f"{stores.get('128', 0)} stores of 16 bytes for {len(stored)} tensors"
 
 
 def table(results: list[Found]) -> str:

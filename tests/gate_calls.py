@@ -55,12 +55,79 @@ def residual_mix_calls(dtype: torch.dtype, nhwc: bool) -> None:
         ops.residual_mix_backward(x, x, x, gate, scales, mask, 1.0, 1.0, "relu")
 
 
+def residual_add_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("residual_add")
+    x, c, rows = meta((256, 256, 56, 56), dtype, nhwc), meta(256), meta((256, 1))
+    for norm, scale in (((c, c, c, c), None), ((None,) * 4, rows)):
+        batch = norm[0] is not None
+        if not (batch or nhwc):  # the layout's own is in the tiles, which the norms have too
+            return
+        numbers = batch, batch, 1e-5, 1e-5, "relu"
+        _, mask, _, _ = ops.residual_add(x, *norm, x, *norm, scale, *numbers, True, False)
+        kept = x if batch else None
+        args = x, kept, *norm, kept, *norm, scale, mask, *numbers, batch, batch, True
+        ops.residual_add_backward(*args)
+    ops.residual_add_backward(x, x, *norm, x, *norm, rows, mask, *numbers, True, False, True)
+
+
+def add_norm_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if nhwc:
+        return
+    ops = triton_kernels.package().module("add_norm")
+    for d, norm, keep in ((768, "layer", True), (8192, "rms", False)):
+        x, p, rows = meta((16384, d), dtype), meta(d), meta(16384)
+        kept = meta((16384, d), torch.bool) if keep else None
+        bias = p if norm == "layer" else None
+        _, total, mean, rstd = ops.add_norm(x, x, p, bias, kept, rows, 1.25, 1e-5, norm)
+        ops.add_norm_backward(total, x, x, p, mean, rstd, kept, rows, 1.25, norm)
+
+
+def conv_bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if not nhwc:
+        return
+    ops = triton_kernels.package().module("conv_bn_act")
+    x = meta((256, 64, 56, 56), dtype, nhwc)
+    for weight, pad, residual in (
+        (meta((256, 64, 1, 1), dtype), 0, meta((256, 256, 56, 56), dtype, nhwc)),
+        (meta((64, 64, 3, 3), dtype, nhwc), 1, None),
+    ):
+        c = meta(weight.shape[0])
+        geometry = [1, 1], [pad, pad], [1, 1], 1
+        args = x, weight, None, residual, c, c, c, c, 1e-5, *geometry, "relu"
+        ops.conv_bn_act(*args)
+        ops.Inference(*args).folded()
+
+
+def conv_stats_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if not nhwc:
+        return
+    ops = triton_kernels.package().module("conv_stats")
+    no_bn = None, None, None, None, False, 0.0, "identity"
+    for c, k, taps, stride, bn in (
+        (256, 64, 1, 1, False),
+        (64, 256, 1, 1, True),
+        (64, 64, 3, 2, True),
+    ):
+        x, weight, p = (
+            meta((256, c, 56, 56), dtype, nhwc),
+            meta((k, c, taps, taps), dtype, nhwc),
+            meta(c),
+        )
+        before = (p, p, p, p, True, 1e-5, "relu") if bn else no_bn
+        geometry = [stride, stride], [taps // 2, taps // 2], [1, 1], 1
+        ops.conv_stats(x, *before, weight, None, *geometry, True)
+
+
 # A function of dtype and layout for every op.
 CALLS: list[Callable[[torch.dtype, bool], None]] = [
     bn_act_calls,
     squeeze_excite_calls,
     bn_se_act_calls,
     residual_mix_calls,
+    residual_add_calls,
+    add_norm_calls,
+    conv_bn_act_calls,
+    conv_stats_calls,
 ]
 
 

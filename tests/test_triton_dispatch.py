@@ -15,7 +15,9 @@ import fusedres
 from cases import randn
 from fusedres import dispatch, triton_kernels
 from fusedres.functional import batch_norm_act
+from fusedres.report import doctor
 from modules import block_pair, compare, parameter_gradients
+from test_memory import saved
 from triton_cases import triton_on
 
 on_this_cpu = pytest.mark.skipif(
@@ -110,6 +112,25 @@ def test_float64_on_a_gpu_belongs_to_the_reference_without_a_warning(gpu, recwar
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("version,reason", [(None, "not installed"), ("3.5.1", "is older than")])
+def test_doctor_says_why_triton_does_not_run(version, reason, gpu):
+    gpu(version=version)
+    (found,) = (f for f in doctor.examine() if f.name == "Triton")
+    assert not found.available and reason in found.reason
+
+
+def test_doctor_says_where_measured_choices_are_kept(monkeypatch, tmp_path):
+    for folder, reason in (
+        (tmp_path / "new" / "cache", None),
+        (tmp_path / "file" / "cache", "file"),
+    ):
+        (tmp_path / "file").write_text("not a folder")
+        monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(folder))
+        (found,) = (f for f in doctor.examine() if f.name == "measured choices")
+        wanted = None if reason is None else f"{tmp_path / reason} is not a folder"
+        assert (found.value, found.reason) == (str(folder), wanted)
+
+
 def test_auto_never_interprets():
     events = []
     with dispatch.observe(events.append):
@@ -150,30 +171,59 @@ def test_double_backward_is_the_references():
 # --- blocks
 
 
-# Three launches for a norm's statistics and application, three for its backward, and one where the
-# backward applies it again to the input of the next convolution.
+# In NCHW PyTorch convolves: two launches for the statistics of a result, one where the backward or
+# the next convolution wants its norm applied, three for a norm's backward; the addition and both
+# norms before it one, backward three. In NHWC a 1x1 convolution does all that is around it in two,
+# and the other statistics and norms of so small a tensor take one launch each.
 LAUNCHES = {
-    "BasicBlock": (3 * 3, 3 * 3 + 1),
-    "Bottleneck": (4 * 3, 4 * 3 + 2),
-    "SEBasicBlock": (2 * 3 + 6, 2 * 3 + 8 + 1),  # bn_se_act: 6 and 8
+    ("BasicBlock", "NCHW"): (3 * 2 + 1 + 1, 3 + 1 + 3),
+    ("Bottleneck", "NCHW"): (4 * 2 + 2 + 1, 3 + 2 * (1 + 3)),
+    ("SEBasicBlock", "NCHW"): (2 * 2 + 1 + 1 + 6, 2 * 3 + 8 + 1),  # bn_se_act: 6 and 8
+    ("BasicBlock", "NHWC"): (1 + 1 + 1 + 2 + 1, 3 + 1 + 1),
+    ("Bottleneck", "NHWC"): (3 * 2 + 1 + 1 + 1, 3 + 2 * (1 + 1)),
 }
 
 
 @on_this_cpu
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_of_a_block_in_training(name):
+@pytest.mark.parametrize("name,layout", LAUNCHES)
+def test_launches_of_a_block_in_training(name, layout):
     block, _ = block_pair(name)
-    x = randn((2, 16, 4, 4)).requires_grad_()
+    x = randn((2, 16, 4, 4), layout=layout).requires_grad_()
     events = []
     with triton_on("cpu"), triton_kernels.counted() as launched:
         with dispatch.observe(events.append):
             y = block(x)
         in_forward = len(launched)
         y.sum().backward()
-    assert (in_forward, len(launched) - in_forward) == LAUNCHES[name]
-    ours = [e for e in events if e.op not in dispatch.COMPOSED]
+    assert (in_forward, len(launched) - in_forward) == LAUNCHES[name, layout]
+    ours = [e for e in events if e.backend != "aten"]
     assert {e.backend for e in ours} == {"triton"}
     assert sum(e.launches for e in ours) == in_forward
+
+
+@on_this_cpu
+@pytest.mark.parametrize("project", [True, False])
+def test_a_bottleneck_keeps_raw_results_and_one_mask(project):
+    """x, the raw results of the convolutions but for a conv3 that is repeated, a bit an element."""
+    planes = 8 if project else 4
+    block, _ = block_pair("Bottleneck", planes=planes, project=project)
+    x = randn((2, 16, 4, 4), layout="NHWC").requires_grad_()
+    with triton_on("cpu"):
+        large, _ = saved(block, x)
+    channels, values = [16, planes, planes, *[4 * planes] * project], 2 * 4 * 4
+    assert large == sorted([4 * c * values for c in channels] + [4 * planes * values // 8])
+
+
+@on_this_cpu
+def test_a_bottleneck_in_inference_is_a_launch_a_convolution():
+    """The 3x3 is PyTorch's, and its norm a launch; on a GPU cuDNN fuses that."""
+    block, _ = block_pair("Bottleneck")
+    x, events = randn((2, 16, 4, 4), layout="NHWC"), []
+    with triton_on("cpu"), torch.no_grad(), dispatch.observe(events.append):
+        block.eval()(x)
+    found = sorted((e.op, e.backend, e.launches) for e in events)
+    one = "conv_bn_act", "triton", 1
+    assert found == [("bn_act", "triton", 1), ("conv_bn_act", "aten", 1), one, one, one]
 
 
 @on_this_cpu
@@ -186,11 +236,12 @@ def test_explain_counts_launches():
 
 
 @on_this_cpu
-@pytest.mark.parametrize("name", ["BasicBlock", "SEBottleneck"])
-def test_a_block_equals_its_eager_twin(name):
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["BasicBlock", "Bottleneck", "SEBottleneck"])
+def test_a_block_equals_its_eager_twin(name, layout):
     pair = block_pair(name)
     with triton_on("cpu"):
-        compare(forward_and_gradients, *pair, randn((3, 16, 4, 4)))
+        compare(forward_and_gradients, *pair, randn((3, 16, 4, 4), layout=layout))
 
 
 def forward_and_gradients(module, x):

@@ -73,7 +73,7 @@ def test_the_fastest_is_measured_once_and_kept(monkeypatch, cache_folder):
     assert best("another shape", timer) == CONFIGS[0]
     (path,) = cache_folder.iterdir()
     assert path.name.endswith("nvidia-test-1000-80gb.json")
-    assert json.loads(path.read_text()) == {"a": [8192, 128, 8]}
+    assert json.loads(path.read_text()) == {"a": {"config": [8192, 128, 8], "ms": {"triton": 1.0}}}
 
 
 def test_a_configuration_that_no_longer_ships_is_measured_again(monkeypatch):
@@ -82,7 +82,10 @@ def test_a_configuration_that_no_longer_ships_is_measured_again(monkeypatch):
     assert best("a", Timer(fastest=0), configs=CONFIGS[:2]) == CONFIGS[0]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": "x"}', '{"a": [1, 2]}', "\x00\xff"])
+@pytest.mark.parametrize("content", [
+    "", "{", "[1, 2]", "\x00\xff", '{"a": "x"}', '{"a": [1, 2]}', '{"a": {"config": 3}}',
+    '{"a": {"config": [2048, 64, 4], "ms": {"triton": "x"}}}',
+])  # fmt: skip
 def test_a_corrupt_file_counts_as_empty(content, monkeypatch, cache_folder):
     path = tuning.cache_path(GPU)
     path.parent.mkdir(parents=True)
@@ -94,7 +97,7 @@ def test_a_corrupt_file_counts_as_empty(content, monkeypatch, cache_folder):
     messages = [str(w.message) for w in caught]
     unreadable = not content.startswith('{"a"')
     assert len(messages) == unreadable and all(str(path) in m for m in messages)
-    assert json.loads(path.read_text())["a"] == [2048, 64, 4]
+    assert json.loads(path.read_text())["a"]["config"] == [2048, 64, 4]
 
 
 def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path):
@@ -143,7 +146,7 @@ def test_processes_share_the_file(tmp_path):
         assert process.exitcode == 0
     found = json.loads(path.read_text())
     assert read and any(all(f"{n} {i}" in found for i in range(WRITES)) for n in names)
-    assert all(Config(*v) in CONFIGS for v in found.values())
+    assert all(Config(*v["config"]) in CONFIGS for v in found.values())
     assert [p.name for p in tmp_path.iterdir()] == ["cache.json"]
 
 

@@ -59,7 +59,8 @@ class _Counter(TorchDispatchMode):
 
     def hear(self, event: dispatch.Event) -> None:
         # What runs as several of PyTorch's operators has been heard one by one.
-        if event.backend in ("native", "triton") and event.op not in dispatch.COMPOSED:
+        native = event.backend == "native" and event.op not in dispatch.COMPOSED
+        if native or event.backend == "triton":
             self.add(event.launches, event.bytes_moved)
 
 

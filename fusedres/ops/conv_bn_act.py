@@ -2,7 +2,8 @@
 
 On a CPU the call is oneDNN's, through PyTorch's own ``mkldnn`` ops, on weights that batch norm was
 folded into and that were packed once (``packing``). What oneDNN's fused call cannot do is done in
-two calls, with a reason that ``fusedres.explain`` shows.
+two calls, with a reason that ``fusedres.explain`` shows. On a GPU it is one Triton kernel, cuDNN's
+fusion or those two calls (kernels/conv_bn_act.py).
 
 oneDNN's fused ReLU turns NaN into 0 where PyTorch's keeps it: with NaN in the input or the weights
 an inference result can differ from eager's.
@@ -43,8 +44,8 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
     """Why oneDNN's fused call cannot do this, or None."""
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, x is on {x.device.type}"
-    if forced_backend() == "reference":
-        return "the reference backend was asked for"
+    if (asked := forced_backend()) in ("reference", "triton"):
+        return f"the {asked} backend was asked for"
     if transformed():
         return "inside torch.func's transforms ops run as plain PyTorch"
     if not onednn_has(torch.float32):
@@ -123,6 +124,11 @@ def eager_bytes(x, weight, bias, residual, *args) -> int:
     return numel_bytes(x) + numel_bytes(weight) + passes * y
 
 
+_traffic = Traffic(
+    bytes_moved,
+    eager_bytes,
+    flops=lambda x, weight, *args: conv_flops(x, weight, tuple(args[7:11])),
+)
 op = define(
     SCHEMA,
     composed=_composed,
@@ -130,9 +136,6 @@ op = define(
     fake=_fake,
     backward=_backward,
     setup_context=lambda ctx, inputs, output: None,
-    traffic=Traffic(
-        bytes_moved,
-        eager_bytes,
-        flops=lambda x, weight, *args: conv_flops(x, weight, tuple(args[7:11])),
-    ),
+    traffic=_traffic,
+    fused_traffic=_traffic,
 )

@@ -3,6 +3,9 @@
 ``conv(act(bn(x)))`` and the batch statistics of its result. What is kept for the backward is the
 raw x alone: the activation that the convolution saw is computed again when it is needed. This is
 what makes a block in training hold one tensor a convolution instead of two.
+
+On a GPU a 1x1 convolution does all of it in one kernel (kernels/conv_stats.py): the norm is applied
+as x is loaded, the sums are taken of the tile that is stored.
 """
 
 from __future__ import annotations
@@ -118,6 +121,14 @@ def bytes_moved(*args) -> int:
     return numel_bytes(x) + y_bytes + numel_bytes(weight)
 
 
+def fused_eager_bytes(*args) -> int:
+    """Eager besides the convolution: the norm before it RW, its activation RW, statistics R."""
+    x, mean, act, stats = args[0], args[3], args[7], args[14]
+    before = 0 if mean is None else 2 + 2 * (act != "identity")
+    y_bytes = conv_numel(x, args[8], tuple(args[10:14])) * x.element_size()
+    return bytes_moved(*args) + before * numel_bytes(x) + stats * y_bytes
+
+
 def flops(*args) -> int:
     return conv_flops(args[0], args[8], tuple(args[10:14]))
 
@@ -129,4 +140,5 @@ op = define(
     backward=_backward,
     setup_context=_setup_context,
     traffic=Traffic(bytes_moved, eager_bytes=bytes_moved, flops=flops),
+    fused_traffic=Traffic(bytes_moved, eager_bytes=fused_eager_bytes, flops=flops),
 )

@@ -78,6 +78,7 @@ def define(
     reference: Callable | None = None,
     traffic: Traffic | None = None,
     composed: Callable | None = None,
+    fused_traffic: Traffic | None = None,
     describe: Callable[..., dispatch.Choice] | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
@@ -91,6 +92,7 @@ def define(
             A backward op has none: there the backward is autograd's own (``by_reference``).
         traffic: Memory traffic and flops as functions of the op's arguments.
         composed: For an op that is a composition of others: runs it on every backend.
+        fused_traffic: Its traffic where one kernel does what other ops do in the composition.
         describe: For a composed op: what carries it out for these arguments, and why no better.
         backward, setup_context: The autograd formula, as for ``torch.library.register_autograd``.
     """
@@ -101,17 +103,16 @@ def define(
         _native.define(schema)
         native = getattr(torch.ops.fusedres_native, name)
 
+    spec = _Spec(name, traffic, composed, fused_traffic, reference)
+
     def run(*args):
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
-        observed = dispatch.observed() and traffic is not None
-        if observed and not on_triton:
+        if dispatch.observed() and traffic is not None and not on_triton:
             dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
         if on_triton:
-            kernel = triton_kernels.launcher(name)
-            if observed:
-                kernel = partial(_counted, kernel, name, traffic, choice)
+            kernel = partial(_on_triton, spec, choice)
         elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
@@ -148,12 +149,53 @@ def define(
     return Op(dispatched, run, meaning, function, traffic)
 
 
-def _counted(kernel: Callable, name: str, traffic: Traffic, choice: dispatch.Choice, *args):
-    """Run the op and tell the observers how many kernels it launched."""
+@dataclass(frozen=True)
+class _Spec:
+    """What ``_on_triton`` needs of an op: ``define``'s arguments."""
+
+    name: str
+    traffic: Traffic | None
+    composed: Callable | None
+    fused_traffic: Traffic | None
+    reference: Callable | None
+
+
+def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
+    """Run the op by its launcher, or as its plan says, and tell the observers of it."""
+    traffic, observed = op.traffic, dispatch.observed() and op.traffic is not None
+    if op.composed is None:
+        kernel = partial(triton_kernels.launcher(op.name), *args)
+    else:
+        plan = triton_kernels.plan(op.name, partial(_unobserved, op.composed, *args), args)
+        choice, kernel = dispatch.Choice(plan.by, plan.why), plan.run
+        traffic = op.traffic if kernel is None else op.fused_traffic
+    if kernel is None:  # its parts speak for themselves
+        if observed:
+            dispatch.notify(_event(op.name, traffic, choice, args))
+        return op.composed(*args)
+    if not observed:
+        return _or_reference(op, kernel, choice, args)[0]
     with triton_kernels.counted() as launched:
-        result = kernel(*args)
-    dispatch.notify(replace(_event(name, traffic, choice, args), launches=len(launched)))
+        result, choice = _or_reference(op, kernel, choice, args)
+    event = _event(op.name, traffic, choice, args)
+    dispatch.notify(replace(event, launches=len(launched)) if launched else event)
     return result
+
+
+def _or_reference(op: _Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
+    """What ``kernel`` returns, or the reference where the GPU cannot run it; and which it was."""
+    try:
+        return kernel(), choice
+    except triton_kernels.unfit() as error:
+        if op.reference is None or dispatch.forced_backend() is not None:
+            raise
+        dispatch.warn_once(f"fusedres runs plain PyTorch: triton: {error}")
+        return op.reference(*args), dispatch.Choice("reference", f"triton: {error}")
+
+
+def _unobserved(fn: Callable, *args):
+    with dispatch.unobserved():
+        return fn(*args)
 
 
 def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:

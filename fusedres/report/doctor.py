@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import dispatch, native, reference
+from .. import dispatch, native, reference, triton_kernels
 from ..ops.convolution import onednn_has
 from .table import render
 
@@ -121,10 +120,19 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _triton() -> Iterator[Finding]:
-    if importlib.util.find_spec("triton") is None:
-        yield Finding("Triton", "none", False, "not installed")
-    else:
-        yield Finding("Triton", importlib.metadata.version("triton"), True)
+    reason = triton_kernels.missing()
+    yield Finding("Triton", triton_kernels.version() or "none", reason is None, reason)
+    folder = triton_kernels.package().cache_folder()
+    reason = _not_writable(folder)
+    yield Finding("measured choices", str(folder), reason is None, reason)
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Why nothing can be kept in a folder that may not exist yet, or None."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    return None if os.access(there, os.W_OK) else f"{there} cannot be written"
 
 
 def _compilers() -> Iterator[Finding]:

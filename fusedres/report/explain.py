@@ -22,7 +22,7 @@ from ..blocks.recognise import only_listens
 from .table import render, size
 
 # What runs an op in one pass of its own. Anything else is PyTorch's eager execution.
-_FUSED_BACKENDS = ("native", "triton", "onednn")
+_FUSED_BACKENDS = ("native", "triton", "onednn", "cudnn")
 
 _GRAD_NOTE = (
     "the model is in eval mode with gradients on, so its convolutions keep what a backward needs;"
@@ -38,8 +38,9 @@ class Row:
     """One op call, or one part that ran unfused.
 
     ``module`` is the innermost named module of the model that was running ("" is the model
-    itself), ``backend`` what carried the op out: "native", "triton", "onednn", "reference" or
-    "aten + ..." for an op of this library, "torch" for a module of PyTorch that ran by itself,
+    itself), ``backend`` what carried the op out: "native", "triton", "onednn", "cudnn",
+    "reference", "aten" or "aten + ..." (PyTorch's convolution, and ops with rows of their own) for
+    an op of this library, "torch" for a module of PyTorch that ran by itself,
     "unfused" for a part whose modules are not seen one by one. Bytes are of memory moved.
     """
 
