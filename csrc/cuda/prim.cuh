@@ -125,7 +125,7 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], __nv_bfloat16) {
 #if defined(FUSEDRES_CUDA_ON_HOST)
-  sim::mma_m16n8k16(d, a, b, __nv_bfloat16{});
+  sim::mma_m16n8k16(d, a, b, true);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -138,7 +138,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], __half) {
 #if defined(FUSEDRES_CUDA_ON_HOST)
-  sim::mma_m16n8k16(d, a, b, __half{});
+  sim::mma_m16n8k16(d, a, b, false);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
