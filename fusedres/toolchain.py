@@ -6,6 +6,7 @@ The build (csrc/build.py) reads this file too, without importing fusedres: stand
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ def parse(text: str) -> tuple[str, ...]:
     """The architectures that FUSEDRES_CUDA_ARCHS names, in ascending order; "all" is ``ALL``.
 
     Raises:
-        ValueError: a name that is none.
+        ValueError: a name that is none, or two for the same GPU.
     """
     names = re.split(r"[\s,;]+", text.strip()) if text.strip() else []
     if names == ["all"]:
@@ -47,7 +48,13 @@ def parse(text: str) -> tuple[str, ...]:
                 f"FUSEDRES_CUDA_ARCHS: unknown architecture {name!r} in {text!r}: wanted all, or"
                 f" some of {' '.join(FIRST_RELEASE)}, or nothing for CPU kernels only"
             )
-    return tuple(sorted(set(names), key=lambda name: (_number(name), name)))
+    archs = sorted(set(names), key=lambda name: (_number(name), name))
+    for one, other in itertools.pairwise(archs):
+        if _number(one) == _number(other):
+            raise ValueError(
+                f"FUSEDRES_CUDA_ARCHS: wanted one architecture for a GPU, got {one} and {other}"
+            )
+    return tuple(archs)
 
 
 def _number(arch: str) -> int:
