@@ -127,8 +127,8 @@ def program(name: str, sources: Iterable[Path], flavour: str) -> list[str]:
 
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99",
-    "UBSAN_OPTIONS": "print_stacktrace=0",
-    "TSAN_OPTIONS": "exitcode=66:report_bugs=1:history_size=2",
+    "UBSAN_OPTIONS": "exitcode=99",
+    "TSAN_OPTIONS": "exitcode=66",
 }
 
 

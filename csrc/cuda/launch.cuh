@@ -106,6 +106,22 @@ inline cudaError_t read_device(Device* out) {
   return error;
 }
 
+// Hands out parts of a workspace; of none, to count what is needed.
+class Workspace {
+ public:
+  explicit Workspace(void* at) : at_(static_cast<char*>(at)) {}
+  void* take(int64_t bytes) {
+    void* const part = at_ == nullptr ? nullptr : at_ + used_;
+    used_ += cdiv(bytes, 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* at_;
+  int64_t used_ = 0;
+};
+
 // Calls function<scalar_t>(...) for the scalar type of a Dtype.
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \

@@ -1,0 +1,148 @@
+"""bn_act in CUDA C++, on the host simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import test_bn_act as bn
+from accuracy import assert_as_accurate_as_eager
+from cases import DTYPES, SHAPES, arrange, layouts, misaligned, values_per_channel
+from cuda_host import ORDERS
+from cuda_ops import cuda_on_host
+from fusedres import reference
+from fusedres.layout import pack_mask
+from harness import (
+    Unchanged,
+    assert_same_bits,
+    assert_same_non_finite,
+    check_derivatives,
+    gradients,
+    same_bits,
+)  # fmt: skip
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
+
+
+@dtypes
+@pytest.mark.parametrize("case", bn.OPTIONS)
+def test_training(case, dtype):
+    options = bn.OPTIONS[case]
+    tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"])
+    with cuda_on_host() as launched:
+        bn.check_against_reference(tensors, options["act"])
+    assert launched == ["bn_act_forward", "bn_act_backward"]
+
+
+@dtypes
+@pytest.mark.parametrize("case", bn.EVAL_OPTIONS)
+def test_running_statistics_with_gradients(case, dtype):
+    options = bn.EVAL_OPTIONS[case]
+    tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"], training=False)
+    with cuda_on_host():
+        bn.check_against_reference(tensors, options["act"])
+
+
+@layouts
+@pytest.mark.parametrize("act", [a for a in reference.ACTIVATIONS if a != "relu"])
+def test_every_activation(act, layout):
+    """With a residual: a mask where the derivative is one bit, else z from x again."""
+    tensors = bn.tensors_of((2, 16, 4, 4), layout, torch.bfloat16)
+    with cuda_on_host():
+        bn.check_against_reference(tensors, act)
+
+
+@layouts
+def test_several_tiles_and_segments(layout):
+    shape = (2, 9, 70, 60) if layout == "NCHW" else (1, 520, 20, 15)
+    with cuda_on_host():
+        bn.check_against_reference(bn.tensors_of(shape, layout, torch.float32), "relu")
+
+
+@layouts
+@pytest.mark.parametrize("far", [0.0, 64.0, 256.0])
+def test_statistics_far_from_zero(far, layout):
+    """The variance of values whose mean is many times their deviation."""
+    x = arrange(torch.randn(2, 5, 31, 29) + far, layout)
+    with cuda_on_host():
+        found = torch.ops.fusedres.bn_stats(x)
+    eager = reference.bn_stats(x)
+    for out, ref, plain in zip(found, reference.bn_stats(x.double()), eager, strict=True):
+        assert_as_accurate_as_eager(out, ref, plain, count=values_per_channel(x))
+
+
+@layouts
+def test_an_outlier_at_the_start(layout):
+    x = torch.randn(4, 3, 16, 16)
+    x[0, :, 0, 0] = 1e4
+    x = arrange(x, layout)
+    with cuda_on_host():
+        found = torch.ops.fusedres.bn_stats(x)
+    eager = reference.bn_stats(x)
+    for out, ref, plain in zip(found, reference.bn_stats(x.double()), eager, strict=True):
+        assert_as_accurate_as_eager(out, ref, plain)
+
+
+@layouts
+@pytest.mark.parametrize("act", ["relu", "relu6"])
+def test_the_mask_is_the_references(act, layout):
+    """Bit for bit: a backward on another backend can use it."""
+    t = bn.tensors_of((2, 13, 5, 3), layout, torch.float32, training=False)
+    names = "x", "weight", "bias", "residual", "running_mean", "running_var"
+    args = *(t[n] for n in names), False, 1e-5, act
+    with cuda_on_host():
+        _, mean, var, mask = torch.ops.fusedres.bn_act(*args, True)
+    _, z = reference.bn_act(*args)
+    assert min(z.abs().min(), (z - 6).abs().min()) > 1e-5  # else rounding decides
+    assert torch.equal(mask, pack_mask(reference.activation_mask(z, act), like=t["x"]))
+    assert same_bits(mean, t["running_mean"]) and same_bits(var, t["running_var"])
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "both"])
+def test_without_affine_parameters(missing):
+    tensors = bn.tensors_of((2, 5, 4, 4), "NHWC", torch.float32)
+    tensors |= {n: None for n in ("weight", "bias") if missing in (n, "both")}
+    with cuda_on_host():
+        bn.check_against_reference(tensors, "silu")
+
+
+@dtypes
+@layouts
+def test_misaligned_views_over_a_sentinel(layout, dtype):
+    tensors = bn.tensors_of((3, 16, 2, 4), layout, dtype)
+    views, buffers = dict(tensors), []
+    for name in ("x", "residual", "weight"):
+        views[name], buffer = misaligned(tensors[name])
+        buffers.append(buffer)
+    with cuda_on_host(), Unchanged(*buffers):
+        bn.check_against_reference(views, "relu")
+
+
+@layouts
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_propagate(value, layout):
+    for training in (True, False):
+        tensors = bn.tensors_of((2, 19, 3, 3), layout, torch.float32, training=training)
+        tensors["x"][1, 2, 1, 0] = value
+        tensors["residual"][0, 17, 2, 2] = value
+        with cuda_on_host():
+            out = gradients(bn.fused(), tensors, constants=bn.CONSTANTS)
+        assert_same_non_finite(out, gradients(bn.plain(), tensors, constants=bn.CONSTANTS))
+
+
+@layouts
+def test_derivatives(layout):
+    tensors = bn.tensors_of((2, 3, 3, 3), layout, torch.float64)
+    with cuda_on_host():
+        check_derivatives(bn.fused("silu"), tensors, bn.CONSTANTS)
+
+
+@layouts
+def test_same_bits_in_every_order(layout):
+    tensors = bn.tensors_of((2, 24, 17, 15), layout, torch.float16)
+    found = []
+    for order in ORDERS:
+        with cuda_on_host(order=order):
+            found.append(gradients(bn.fused(), tensors, constants=bn.CONSTANTS))
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
