@@ -53,7 +53,54 @@ def residual_mix_backward(dy, branch, shortcut, gate, row_scale, mask, alpha, be
     return dbranch, dshortcut, dgate
 
 
-LAUNCHERS = {f.__name__: f for f in (residual_mix, residual_mix_backward)}
+def new_stats(x):
+    shape, dtype = (x.shape[1],), reference.acc_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def bn_stats(x):
+    mean, var = new_stats(x)
+    if not x.numel():
+        return mean.zero_(), var.zero_()
+    cuda_host.call("bn_act", "forward", x, x=x, mean=mean, var=var)
+    return mean, var
+
+
+def bn_act(x, weight, bias, residual, mean, var, batch_stats, eps, act, save_mask):
+    y, mask = torch.empty_like(x), new_mask(x, save_mask)
+    saved = new_stats(x)
+    if x.numel():
+        cuda_host.call(
+            "bn_act", "forward", x, eps=eps, act=ACTS.index(act), x=x, residual=residual,
+            weight=acc(x, weight), bias=acc(x, bias), given_mean=acc(x, mean),
+            given_var=acc(x, var), y=y, mean=saved[0], var=saved[1], mask_out=given(mask),
+        )  # fmt: skip
+    else:
+        for out, value in zip(saved, (mean, var), strict=True):
+            out.copy_(torch.zeros(()) if value is None else value)
+    return y, *saved, mask
+
+
+def bn_act_backward(
+    dy, x, weight, bias, residual, mean, var, mask, batch_stats, eps, act, need_dresidual
+):
+    dx, (dweight, dbias) = torch.empty_like(x), new_stats(x)
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
+    if x.numel():
+        cuda_host.call(
+            "bn_act", "backward", x, batch_stats=batch_stats, eps=eps, act=ACTS.index(act), x=x,
+            residual=residual, weight=acc(x, weight), bias=acc(x, bias), given_mean=mean,
+            given_var=var, dy=dy, mask=given(mask), dx=dx, dresidual=given(dresidual),
+            dweight=dweight, dbias=dbias,
+        )  # fmt: skip
+    else:
+        dweight.zero_(), dbias.zero_()
+    return dx, dweight, dbias, dresidual
+
+
+LAUNCHERS = {
+    f.__name__: f for f in (residual_mix, residual_mix_backward, bn_stats, bn_act, bn_act_backward)
+}
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ __device__ __forceinline__ double part_count(const FinalizeParams& f, int64_t pa
 }
 
 // Computes: mean and biased variance of each channel from its parts, scale = weight * rstd
-// Reads:    part1 (means), part2 (squared deviations) [parts, C]
+// Reads:    part1 (sums), part2 (squared deviations) [parts, C]
 // Writes:   out1 (mean), out2 (var), scale [C]
 // Traffic:  2*parts*C*sizeof(acc_t) bytes
 // Split:    one block = 32 channels; double sums in a fixed order, around the first part's mean
@@ -89,14 +89,14 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads)
     bn_stats_finalize_kernel(const __grid_constant__ FinalizeParams f) {
   const int64_t channel = finalize_channel();
-  const S* means = static_cast<const S*>(f.part1);
+  const S* sums = static_cast<const S*>(f.part1);
   const S* m2s = static_cast<const S*>(f.part2);
-  const double shift = channel < f.c ? static_cast<double>(means[channel]) : 0.0;
+  const double shift = channel < f.c ? static_cast<double>(sums[channel]) / part_count(f, 0) : 0.0;
   double off = 0;
   double square = 0;
   const auto add = [&](int64_t part, int64_t at, double* a, double* b) {
     const double n = part_count(f, part);
-    const double d = static_cast<double>(means[at]) - shift;
+    const double d = static_cast<double>(sums[at]) / n - shift;
     *a += n * d;
     *b += static_cast<double>(m2s[at]) + n * d * d;
   };

@@ -167,7 +167,7 @@ struct StreamParams {
   bool per_image;
   Act act;
   int width;
-  void* part1;  // acc_t [parts, C]: mean, or sum of u
+  void* part1;  // acc_t [parts, C]: sum of x, or of u
   void* part2;  // sum of squared deviations, or of u * (x - center)
 };
 

@@ -7,10 +7,11 @@
 namespace fusedres {
 namespace cuda {
 
-// Of `count` values: their mean and the sum of squared deviations from it.
+// Of `count` values: their sum, and the sum of squared deviations from their mean. The sum and not
+// the mean, because a running mean keeps the rounding of what it was before.
 template <typename S>
 struct Moments {
-  S mean, m2, count;
+  S sum, m2, count;
 };
 
 // Chan, Golub and LeVeque 1983, eq. 2.1
@@ -22,10 +23,9 @@ __device__ __forceinline__ void merge(Moments<S>* a, const Moments<S>& b) {
     return;
   }
   const S total = a->count + b.count;
-  const S delta = b.mean - a->mean;
-  const S share = b.count / total;
-  a->mean += delta * share;
-  a->m2 += b.m2 + delta * delta * (a->count * share);
+  const S delta = b.sum / b.count - a->sum / a->count;
+  a->sum += b.sum;
+  a->m2 += b.m2 + delta * delta * (a->count * b.count / total);
   a->count = total;
 }
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ void merge(Sums<S>* a, const Sums<S>& b) {
 
 template <typename S>
 __device__ __forceinline__ Moments<S> shuffled(const Moments<S>& v, int lanes) {
-  return {__shfl_xor_sync(~0u, v.mean, lanes), __shfl_xor_sync(~0u, v.m2, lanes),
+  return {__shfl_xor_sync(~0u, v.sum, lanes), __shfl_xor_sync(~0u, v.m2, lanes),
           __shfl_xor_sync(~0u, v.count, lanes)};
 }
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ void merge_lanes(V* mine, int tx) {
 
 template <typename S>
 __device__ __forceinline__ void unpack(const Moments<S>& v, S* first, S* second) {
-  *first = v.mean;
+  *first = v.sum;
   *second = v.m2;
 }
 
@@ -84,22 +84,22 @@ __device__ __forceinline__ void unpack(const Sums<S>& v, S* first, S* second) {
 constexpr int kStride = kThreads + 4;  // keeps the columns of a pack in different banks
 
 template <typename S>
-__device__ __forceinline__ void set_count(Moments<S>* v, S count) {
-  v->count = count;
+__device__ __forceinline__ void pack_up(Moments<S>* v, S first, S second, S count) {
+  *v = {first, second, count};
 }
 template <typename S>
-__device__ __forceinline__ void set_count(Sums<S>*, S) {}
+__device__ __forceinline__ void pack_up(Sums<S>* v, S first, S second, S) {
+  *v = {first, second};
+}
 
 // NHWC: merges the ty threads that share a channel, top to bottom, and calls write(channel of the
-// block, merged value) in one thread a channel. `count`, of the values of each thread, is read from
-// shared memory too.
+// block, merged value) in one thread a channel. `count`: of this thread's values.
 template <typename S, typename V, typename Write>
 __device__ __forceinline__ void merge_rows(const Tiling& t, const V (&mine)[kPack], S count,
                                            Write write) {
   FUSEDRES_SHARED(S, first, kPack * kStride);
   FUSEDRES_SHARED(S, second, kPack * kStride);
   FUSEDRES_SHARED(S, counts, kThreads);
-  __syncthreads();  // a use before this one is over
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     unpack(mine[i], &first[i * kStride + threadIdx.x], &second[i * kStride + threadIdx.x]);
@@ -113,8 +113,8 @@ __device__ __forceinline__ void merge_rows(const Tiling& t, const V (&mine)[kPac
   V total{};
   for (int y = 0; y < t.ty; ++y) {
     const int thread = y * t.tx + x;
-    V part{first[i * kStride + thread], second[i * kStride + thread]};
-    set_count(&part, counts[thread]);
+    V part;
+    pack_up(&part, first[i * kStride + thread], second[i * kStride + thread], counts[thread]);
     merge(&total, part);
   }
   write(static_cast<int>(threadIdx.x), total);
@@ -133,25 +133,26 @@ template <typename S, int kRows>
 __device__ __forceinline__ void add_rows(Moments<S> (&to)[kPack], const Pack<S> (&rows)[kRows],
                                          int n) {
   const S count = static_cast<S>(n);
-  const S total = to[0].count + count;
-  const S share = count / total;
-  const S weight = to[0].count * share;
+  const S before = to[0].count;
+  const S weight = before * count / (before + count);
+  const S mean_before = before > S(0) ? S(1) / before : S(0);
+  const S mean_now = S(1) / count;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     S sum = S(0);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) sum += k < n ? rows[k][i] : S(0);
-    const S mean = sum / count;
+    const S mean = sum * mean_now;
     S m2 = S(0);
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const S off = rows[k][i] - mean;
       m2 += k < n ? off * off : S(0);
     }
-    const S delta = mean - to[i].mean;
-    to[i].mean += delta * share;
-    to[i].m2 += m2 + (weight > S(0) ? delta * delta * weight : S(0));
-    to[i].count = total;
+    const S delta = mean - to[i].sum * mean_before;
+    to[i].sum += sum;
+    to[i].m2 += m2 + (before > S(0) ? delta * delta * weight : S(0));
+    to[i].count = before + count;
   }
 }
 
@@ -189,11 +190,11 @@ __device__ __forceinline__ Moments<acc_of<T>> nchw_moments(const StreamParams& a
     const Pack<S> x = load_pack<T, kWide>(from, a.width, n);
     Moments<S> pack{S(0), S(0), static_cast<S>(n)};
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) pack.mean += x[i];  // beyond n: zeros
-    pack.mean /= pack.count;
+    for (int i = 0; i < kPack; ++i) pack.sum += x[i];  // beyond n: zeros
+    const S mean = pack.sum / pack.count;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      const S off = x[i] - pack.mean;
+      const S off = x[i] - mean;
       pack.m2 += kWide || i < n ? off * off : S(0);
     }
     merge(&mine, pack);
@@ -201,7 +202,7 @@ __device__ __forceinline__ Moments<acc_of<T>> nchw_moments(const StreamParams& a
   return mine;
 }
 
-// Computes: mean and sum of squared deviations of each part of each channel
+// Computes: sum, and sum of squared deviations from the mean, of each part of each channel
 // Reads:    x [N, C, HW] once
 // Writes:   part1, part2 [parts, C] acc_t
 // Traffic:  N*C*HW*sizeof(T) bytes, + 2*parts*C*sizeof(acc_t): below 1% of it
