@@ -58,11 +58,15 @@ def new_stats(x):
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
+VARIANTS = ("by_size", "streaming", "whole")
+_variant = 0  # of bn_act
+
+
 def bn_stats(x):
     mean, var = new_stats(x)
     if not x.numel():
         return mean.zero_(), var.zero_()
-    cuda_host.call("bn_act", "forward", x, x=x, mean=mean, var=var)
+    cuda_host.call("bn_act", "forward", x, variant=_variant, x=x, mean=mean, var=var)
     return mean, var
 
 
@@ -71,7 +75,7 @@ def bn_act(x, weight, bias, residual, mean, var, batch_stats, eps, act, save_mas
     saved = new_stats(x)
     if x.numel():
         cuda_host.call(
-            "bn_act", "forward", x, eps=eps, act=ACTS.index(act), x=x, residual=residual,
+            "bn_act", "forward", x, variant=_variant, eps=eps, act=ACTS.index(act), x=x, residual=residual,
             weight=acc(x, weight), bias=acc(x, bias), given_mean=acc(x, mean),
             given_var=acc(x, var), y=y, mean=saved[0], var=saved[1], mask_out=given(mask),
         )  # fmt: skip
@@ -88,7 +92,7 @@ def bn_act_backward(
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     if x.numel():
         cuda_host.call(
-            "bn_act", "backward", x, batch_stats=batch_stats, eps=eps, act=ACTS.index(act), x=x,
+            "bn_act", "backward", x, variant=_variant, batch_stats=batch_stats, eps=eps, act=ACTS.index(act), x=x,
             residual=residual, weight=acc(x, weight), bias=acc(x, bias), given_mean=mean,
             given_var=var, dy=dy, mask=given(mask), dx=dx, dresidual=given(dresidual),
             dweight=dweight, dbias=dbias,
@@ -104,8 +108,13 @@ LAUNCHERS = {
 
 
 @contextlib.contextmanager
-def cuda_on_host(**machine) -> Iterator[list[str]]:
-    """Ops run their CUDA kernels on the simulator, in the place of Triton's; yields the launches."""
+def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
+    """Ops run their CUDA kernels on the simulator, in the place of Triton's; yields the kernels.
+
+    ``variant`` is bn_act's; ``machine`` as for ``cuda_host.machine``.
+    """
+    global _variant
+    _variant = VARIANTS.index(variant)
     replaced = mock.patch.multiple(
         triton_kernels,
         has=LAUNCHERS.__contains__,

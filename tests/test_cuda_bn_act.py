@@ -8,7 +8,7 @@ import torch
 import test_bn_act as bn
 from accuracy import assert_as_accurate_as_eager
 from cases import DTYPES, SHAPES, arrange, layouts, misaligned, values_per_channel
-from cuda_host import ORDERS
+from cuda_host import ORDERS, CudaError
 from cuda_ops import cuda_on_host
 from fusedres import reference
 from fusedres.layout import pack_mask
@@ -24,14 +24,69 @@ from harness import (
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 
 
+FORWARD = ["stream_stats_kernel", "bn_stats_finalize_kernel", "stream_fwd_apply_kernel"]
+BACKWARD = ["stream_bwd_reduce_kernel", "bn_bwd_finalize_kernel", "stream_bwd_apply_kernel"]
+FINDS_Z = ["bn_scale_kernel"]  # before a backward without a mask
+WHOLE, WHOLE_BACKWARD = ["bn_act_fwd_whole_kernel"], ["bn_act_bwd_whole_kernel"]
+
+
 @dtypes
 @pytest.mark.parametrize("case", bn.OPTIONS)
 def test_training(case, dtype):
-    options = bn.OPTIONS[case]
-    tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"])
-    with cuda_on_host() as launched:
-        bn.check_against_reference(tensors, options["act"])
-    assert launched == ["bn_act_forward", "bn_act_backward"]
+    act, residual = (bn.OPTIONS[case][k] for k in ("act", "residual"))
+    tensors = bn.tensors_of(*SHAPES[case], dtype, residual=residual)
+    with cuda_on_host(variant="streaming") as launched:
+        bn.check_against_reference(tensors, act)
+    saved_mask = residual and act in reference.MASKED_ACTS
+    finds_z = act != "identity" and not saved_mask
+    assert launched == FORWARD + FINDS_Z * finds_z + BACKWARD
+
+
+# The number of SMs decides how many rows a block holds; 227 KiB of shared memory are for two blocks.
+WHOLE_CASES = {
+    "one_tile": ((1, 24, 5, 5), "relu6", True, 4),
+    "several_tiles": ((2, 64, 14, 14), "relu", True, 4),
+    "two_column_blocks": ((1, 512, 5, 5), "identity", True, 4),
+    "finds_z": ((3, 16, 9, 7), "relu", False, 2),
+    "any_activation": ((2, 40, 7, 7), "silu", True, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WHOLE_CASES)
+def test_one_launch(case, dtype):
+    shape, act, residual, sms = WHOLE_CASES[case]
+    tensors = bn.tensors_of(shape, "NHWC", dtype, residual=residual)
+    with cuda_on_host(variant="whole", sms=sms) as launched:
+        bn.check_against_reference(tensors, act)
+    assert launched == WHOLE + WHOLE_BACKWARD
+
+
+def test_one_launch_with_running_statistics():
+    """Their gradients have no q and r."""
+    tensors = bn.tensors_of((2, 32, 7, 7), "NHWC", torch.float32, training=False)
+    with cuda_on_host(variant="whole") as launched:
+        bn.check_against_reference(tensors, "relu")
+    assert launched == [*FINDS_Z, "stream_fwd_apply_kernel", *WHOLE_BACKWARD]
+
+
+def test_the_size_decides():
+    """x alone fits on the chip where x and dy do not; a GPU with fewer SMs holds neither."""
+    tensors = bn.tensors_of((1, 256, 14, 14), "NHWC", torch.float32)
+    for sms, forward, backward in (
+        (4, WHOLE, WHOLE_BACKWARD),
+        (2, WHOLE, BACKWARD),
+        (1, FORWARD, BACKWARD),
+    ):
+        with cuda_on_host(sms=sms) as launched:
+            gradients(bn.fused(), tensors, constants=bn.CONSTANTS)
+        assert launched == forward + backward, sms
+
+
+def test_one_launch_asked_for_where_it_does_not_fit():
+    tensors = bn.tensors_of((2, 5, 7, 7), "NHWC", torch.float32)
+    with cuda_on_host(variant="whole"), pytest.raises(CudaError, match="operation not supported"):
+        bn.fused()(**tensors)
 
 
 @dtypes
@@ -39,7 +94,7 @@ def test_training(case, dtype):
 def test_running_statistics_with_gradients(case, dtype):
     options = bn.EVAL_OPTIONS[case]
     tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"], training=False)
-    with cuda_on_host():
+    with cuda_on_host(variant="streaming"):
         bn.check_against_reference(tensors, options["act"])
 
 
@@ -137,12 +192,12 @@ def test_derivatives(layout):
         check_derivatives(bn.fused("silu"), tensors, bn.CONSTANTS)
 
 
-@layouts
-def test_same_bits_in_every_order(layout):
-    tensors = bn.tensors_of((2, 24, 17, 15), layout, torch.float16)
+@pytest.mark.parametrize("variant", ["streaming", "whole"])
+def test_same_bits_in_every_order(variant):
+    tensors = bn.tensors_of((2, 24, 17, 15), "NHWC", torch.float16)
     found = []
     for order in ORDERS:
-        with cuda_on_host(order=order):
+        with cuda_on_host(variant=variant, order=order):
             found.append(gradients(bn.fused(), tensors, constants=bn.CONSTANTS))
     for other in found[1:]:
         assert_same_bits(other, found[0])

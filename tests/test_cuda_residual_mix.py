@@ -14,7 +14,7 @@ from fusedres.layout import pack_mask
 from harness import Unchanged, assert_same_bits, assert_same_non_finite, gradients
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
-FORWARD, BACKWARD = "residual_mix_forward", "residual_mix_backward"
+FORWARD, BACKWARD = "residual_mix_fwd_kernel", "residual_mix_bwd_kernel"
 
 
 @dtypes

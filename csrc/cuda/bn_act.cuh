@@ -3,15 +3,16 @@
 // The contract of the params and launches: launch.cuh.
 #pragma once
 
-#include "bn_finalize.cuh"
-#include "stream_apply.cuh"
-#include "stream_reduce.cuh"
+#include "bn_act_whole.cuh"
 
 namespace fusedres {
 namespace cuda {
 
+enum class BnVariant : int { kBySize, kStreaming, kWhole };
+
 struct BnActParams {
   Dtype dtype;
+  int variant;  // a BnVariant; kWhole fails with cudaErrorNotSupported where it does not fit
   bool planar;
   bool batch_stats;  // backward: whether the statistics depend on x
   int64_t n, c, hw;
@@ -90,6 +91,22 @@ inline FinalizeParams finalize_params(const BnActParams& p, const Tiling& t, con
   return f;
 }
 
+// Puts a tiling in `a` in which the tensor is on the chip, if it is to be.
+template <typename T>
+cudaError_t choose_whole(const BnActParams& p, int held_tensors, StreamParams* a, bool* whole,
+                         int64_t* shared_bytes) {
+  *whole = false;
+  if (p.variant == static_cast<int>(BnVariant::kStreaming)) return cudaSuccess;
+  Device device;
+  const cudaError_t error = read_device(&device);
+  if (error != cudaSuccess) return error;
+  const Tiling t = whole_tiling(*a, device, held_tensors, sizeof(T), shared_bytes);
+  *whole = t.tiles > 0;
+  if (*whole) a->tiling = t;
+  if (!*whole && p.variant == static_cast<int>(BnVariant::kWhole)) return cudaErrorNotSupported;
+  return cudaSuccess;
+}
+
 template <typename T>
 cudaError_t bn_act_forward(const BnActParams& p, cudaStream_t stream) {
   using S = acc_of<T>;
@@ -100,10 +117,22 @@ cudaError_t bn_act_forward(const BnActParams& p, cudaStream_t stream) {
   FinalizeParams f = finalize_params(p, a.tiling, scratch);
   f.out1 = p.mean;
   f.out2 = p.var;
-  cudaError_t error;
+  cudaError_t error = cudaSuccess;
   if (p.given_mean != nullptr) {
     error = launch_scale<S>(f, stream);
   } else {
+    bool whole = false;
+    int64_t shared_bytes = 0;
+    if (p.y != nullptr) error = choose_whole<T>(p, 1, &a, &whole, &shared_bytes);
+    if (error != cudaSuccess) return error;
+    if constexpr (sizeof(T) < 8) {
+      if (whole) {
+        a.out = p.y;
+        const auto kernel =
+            needs_any(p.act) ? bn_act_fwd_whole_kernel<T, true> : bn_act_fwd_whole_kernel<T, false>;
+        return launch_whole(kernel, a, f, shared_bytes, stream);
+      }
+    }
     error = stream_stats<T>(a, stream);
     if (error == cudaSuccess) error = launch_finalize(bn_stats_finalize_kernel<S>, f, stream);
   }
@@ -124,18 +153,29 @@ cudaError_t bn_act_backward(const BnActParams& p, cudaStream_t stream) {
   a.center = p.given_mean;
   a.scale = scratch.scale;
   FinalizeParams f = finalize_params(p, a.tiling, scratch);
-  cudaError_t error = cudaSuccess;
-  if (p.mask == nullptr && p.act != Act::kIdentity) error = launch_scale<S>(f, stream);
-  if (error == cudaSuccess) error = backward_reduce<T>(a, stream);
   f.out1 = p.dbias;
   f.out2 = p.dweight;
+  a.out = p.dx;
+  a.dresidual = p.dresidual;
+  bool whole = false;
+  int64_t shared_bytes = 0;
+  cudaError_t error = choose_whole<T>(p, 2, &a, &whole, &shared_bytes);
+  if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) < 8) {
+    if (whole) {
+      if (!p.batch_stats) f.q = nullptr;
+      const auto kernel = p.mask == nullptr && needs_any(p.act) ? bn_act_bwd_whole_kernel<T, true>
+                                                                : bn_act_bwd_whole_kernel<T, false>;
+      return launch_whole(kernel, a, f, shared_bytes, stream);
+    }
+  }
+  if (p.mask == nullptr && p.act != Act::kIdentity) error = launch_scale<S>(f, stream);
+  if (error == cudaSuccess) error = backward_reduce<T>(a, stream);
   if (error == cudaSuccess) error = launch_finalize(bn_bwd_finalize_kernel<S>, f, stream);
   if (error != cudaSuccess) return error;
   a.p = scratch.scale;
   a.q = p.batch_stats ? scratch.q : nullptr;
   a.r = p.batch_stats ? scratch.r : nullptr;
-  a.out = p.dx;
-  a.dresidual = p.dresidual;
   return backward_apply<T>(a, stream);
 }
 

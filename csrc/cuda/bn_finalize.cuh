@@ -57,20 +57,39 @@ __device__ __forceinline__ int64_t finalize_channel() {
 }
 
 template <typename S>
-__device__ __forceinline__ void write_scale(const FinalizeParams& f, int64_t channel, S var) {
+__device__ __forceinline__ S scale_of(const FinalizeParams& f, int64_t channel, S var) {
   const S weight = f.weight == nullptr ? S(1) : static_cast<const S*>(f.weight)[channel];
-  static_cast<S*>(f.scale)[channel] = weight * bn_rstd(var, f.eps);
+  return weight * bn_rstd(var, f.eps);
 }
 
-// Mean and variance from sums of deviations from a shift: of the values, and of their squares.
 template <typename S>
-__device__ __forceinline__ void write_statistics(const FinalizeParams& f, int64_t channel,
-                                                 double shift, double off, double square) {
+struct Statistics {
+  S mean, var;
+};
+
+// From sums of deviations from a shift: of the values, and of their squares.
+template <typename S>
+__device__ __forceinline__ Statistics<S> statistics(const FinalizeParams& f, double shift,
+                                                    double off, double square) {
   const double var = (square - off * off / f.count) / f.count;
-  const S rounded = static_cast<S>(var < 0 ? 0 : var);  // NaN stays NaN
-  static_cast<S*>(f.out1)[channel] = static_cast<S>(shift + off / f.count);
-  static_cast<S*>(f.out2)[channel] = rounded;
-  if (f.scale != nullptr) write_scale(f, channel, rounded);
+  return {static_cast<S>(shift + off / f.count), static_cast<S>(var < 0 ? 0 : var)};  // keeps NaN
+}
+
+template <typename S>
+struct Gradients {
+  S dweight, dbias, q, r;
+};
+
+// From the sums of u and of u * (x - mean); q and r as in bn_math.h.
+template <typename S>
+__device__ __forceinline__ Gradients<S> gradients_of(const FinalizeParams& f, int64_t channel,
+                                                     double dbias, double sum_ux) {
+  const S var = static_cast<const S*>(f.given2)[channel];
+  const S rstd = bn_rstd(var, f.eps);
+  const S scale = scale_of(f, channel, var);
+  const double dweight = sum_ux * static_cast<double>(rstd);
+  return {static_cast<S>(dweight), static_cast<S>(dbias),
+          bn_backward_q(scale, rstd, dweight, f.count), bn_backward_r(scale, dbias, f.count)};
 }
 
 // Values of a part.
@@ -100,9 +119,11 @@ __global__ void __launch_bounds__(kThreads)
     *a += n * d;
     *b += static_cast<double>(m2s[at]) + n * d * d;
   };
-  if (sum_parts(f, channel, &off, &square, add)) {
-    write_statistics<S>(f, channel, shift, off, square);
-  }
+  if (!sum_parts(f, channel, &off, &square, add)) return;
+  const Statistics<S> found = statistics<S>(f, shift, off, square);
+  static_cast<S*>(f.out1)[channel] = found.mean;
+  static_cast<S*>(f.out2)[channel] = found.var;
+  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, found.var);
 }
 
 // Computes: scale = weight * rstd of given statistics; copies them to out1, out2 if wanted
@@ -116,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (channel >= f.c) return;
   const S var = static_cast<const S*>(f.given2)[channel];
-  write_scale(f, channel, var);
+  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, var);
   if (f.out1 == nullptr) return;
   static_cast<S*>(f.out1)[channel] = static_cast<const S*>(f.given1)[channel];
   static_cast<S*>(f.out2)[channel] = var;
@@ -139,15 +160,13 @@ __global__ void __launch_bounds__(kThreads)
     *b += static_cast<double>(static_cast<const S*>(f.part2)[at]);
   };
   if (!sum_parts(f, channel, &dbias, &sum_ux, add)) return;
-  const S rstd = bn_rstd(static_cast<const S*>(f.given2)[channel], f.eps);
-  const S weight = f.weight == nullptr ? S(1) : static_cast<const S*>(f.weight)[channel];
-  const S scale = weight * rstd;
-  const double dweight = sum_ux * static_cast<double>(rstd);
-  static_cast<S*>(f.out1)[channel] = static_cast<S>(dbias);
-  static_cast<S*>(f.out2)[channel] = static_cast<S>(dweight);
-  static_cast<S*>(f.scale)[channel] = scale;
-  static_cast<S*>(f.q)[channel] = bn_backward_q(scale, rstd, dweight, f.count);
-  static_cast<S*>(f.r)[channel] = bn_backward_r(scale, dbias, f.count);
+  const Gradients<S> found = gradients_of<S>(f, channel, dbias, sum_ux);
+  static_cast<S*>(f.out1)[channel] = found.dbias;
+  static_cast<S*>(f.out2)[channel] = found.dweight;
+  static_cast<S*>(f.scale)[channel] =
+      scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
+  static_cast<S*>(f.q)[channel] = found.q;
+  static_cast<S*>(f.r)[channel] = found.r;
 }
 
 using FinalizeKernel = void (*)(FinalizeParams);

@@ -123,11 +123,17 @@ class Workspace {
 };
 
 // Calls function<scalar_t>(...) for the scalar type of a Dtype.
+#if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
+#define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
+  ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
+                                   : function<__nv_bfloat16>(__VA_ARGS__))
+#else
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \
    : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \
    : (dtype) == ::fusedres::kFloat16  ? function<__half>(__VA_ARGS__)        \
                                       : function<double>(__VA_ARGS__))
+#endif
 
 }  // namespace cuda
 }  // namespace fusedres

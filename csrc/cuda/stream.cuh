@@ -175,6 +175,7 @@ struct StreamParams {
 template <typename S, bool kPlanar>
 struct Affine {
   Coefficients<S, kPlanar> center, scale, bias;
+  Affine() = default;
   __device__ __forceinline__ Affine(const StreamParams& a, const Lane& lane, int64_t set)
       : center(coefficients<S, kPlanar>(lane, a.center, 0, S(0))),
         scale(coefficients<S, kPlanar>(lane, a.scale, set, S(1))),
@@ -190,14 +191,13 @@ __device__ __forceinline__ int64_t coefficient_set(const StreamParams& a, const 
   return a.per_image ? (kPlanar ? lane.image : lane.group) * a.tiling.c : 0;
 }
 
-// u = dy * act'(z) of one pack; z is found again as the forward found it. kAny: any activation.
-template <typename T, bool kPlanar, bool kWide, bool kAny>
-__device__ __forceinline__ Pack<acc_of<T>> gradient_at_z(const StreamParams& a,
-                                                         const Affine<acc_of<T>, kPlanar>& affine,
-                                                         const Pack<acc_of<T>>& x, int64_t at,
-                                                         int64_t byte, int n) {
-  using S = acc_of<T>;
-  Pack<S> u = load_pack<T, kWide>(static_cast<const T*>(a.dy) + at, a.width, n);
+// u = dy * act'(z) of one pack, given dy; z is found again as the forward found it. kAny: any
+// activation.
+template <typename T, bool kPlanar, bool kWide, bool kAny, typename S>
+__device__ __forceinline__ Pack<S> gradient_at_z(const StreamParams& a,
+                                                 const Affine<S, kPlanar>& affine, Pack<S> u,
+                                                 const Pack<S>& x, int64_t at, int64_t byte,
+                                                 int n) {
   if (a.act == Act::kIdentity) return u;
   if (a.mask != nullptr) {
     const unsigned bits = a.mask[byte];

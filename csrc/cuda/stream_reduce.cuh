@@ -158,22 +158,16 @@ __device__ __forceinline__ void add_rows(Moments<S> (&to)[kPack], const Pack<S> 
 
 constexpr int kRowsAtOnce = 4;
 
-// The moments of what a lane walks over; see(k, pack) gets every pack as it is loaded.
-template <typename T, bool kWide, typename See>
-__device__ __forceinline__ void nhwc_moments(const StreamParams& a, const Lane& lane,
-                                             Moments<acc_of<T>> (&mine)[kPack], See see) {
-  using S = acc_of<T>;
-  const int n = kWide ? kPack : elements<false>(lane, 0);
+// The moments of what a lane walks over, each channel for itself; load(k) gives its k-th pack.
+template <typename S, typename Load>
+__device__ __forceinline__ void nhwc_moments(const Lane& lane, Moments<S> (&mine)[kPack],
+                                             Load load) {
   for (int k = 0; k < lane.count; k += kRowsAtOnce) {
     Pack<S> rows[kRowsAtOnce];
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
       rows[j] = {};
-      if (k + j < lane.count) {
-        const T* from = static_cast<const T*>(a.x) + lane.at + (k + j) * lane.step;
-        rows[j] = load_pack<T, kWide>(from, a.width, n);
-        see(k + j, from);
-      }
+      if (k + j < lane.count) rows[j] = load(k + j);
     }
     add_rows(mine, rows, lane.count - k < kRowsAtOnce ? lane.count - k : kRowsAtOnce);
   }
@@ -219,11 +213,28 @@ __global__ void __launch_bounds__(kThreads)
     if (lane.x == 0 && lane.count > 0) write_part<S>(a, lane.part, lane.channel, mine);
   } else {
     Moments<S> mine[kPack] = {};
-    nhwc_moments<T, kWide>(a, lane, mine, [](int, const T*) {});
+    const int n = kWide ? kPack : elements<false>(lane, 0);
+    nhwc_moments(lane, mine, [&](int k) {
+      const T* from = static_cast<const T*>(a.x) + lane.at + k * lane.step;
+      return load_pack<T, kWide>(from, a.width, n);
+    });
     const int64_t channel0 = lane.channel - lane.x * kPack;
     merge_rows(a.tiling, mine, static_cast<S>(lane.count), [&](int channel, const Moments<S>& v) {
       if (channel0 + channel < a.tiling.c) write_part<S>(a, lane.part, channel0 + channel, v);
     });
+  }
+}
+
+template <typename S, bool kWide, bool kPlanar>
+__device__ __forceinline__ void add_gradients(Sums<S> (&to)[kPack], const Pack<S>& u,
+                                              const Pack<S>& x,
+                                              const Coefficients<S, kPlanar>& center, int n) {
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (kWide || i < n) {
+      to[i].u += u[i];
+      to[i].ux += u[i] * (x[i] - center[i]);
+    }
   }
 }
 
@@ -245,14 +256,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t byte = lane.byte + k * lane.byte_step;
     const int n = kWide ? kPack : elements<kPlanar>(lane, k);
     const Pack<S> x = load_pack<T, kWide>(static_cast<const T*>(a.x) + at, a.width, n);
-    const Pack<S> u = gradient_at_z<T, kPlanar, kWide, kAny>(a, affine, x, at, byte, n);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      if (kWide || i < n) {
-        mine[i].u += u[i];
-        mine[i].ux += u[i] * (x[i] - affine.center[i]);
-      }
-    }
+    const Pack<S> dy = load_pack<T, kWide>(static_cast<const T*>(a.dy) + at, a.width, n);
+    const Pack<S> u = gradient_at_z<T, kPlanar, kWide, kAny>(a, affine, dy, x, at, byte, n);
+    add_gradients<S, kWide>(mine, u, x, affine.center, n);
   }
   if constexpr (kPlanar) {
     Sums<S> total = mine[0];

@@ -213,6 +213,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   blockDim = config.blockDim;
   state.thread = thread;
   state.kernel = kernel_name(kernel);
+  state.launched += state.kernel + "\n";
   state.blocks = volume(config.gridDim);
   state.shared_bytes = config.dynamicSmemBytes;
   state.cooperative = attributes.cooperative;

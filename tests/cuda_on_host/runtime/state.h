@@ -125,7 +125,8 @@ struct State {
   std::function<void()> thread;  // what a fiber runs
   std::string kernel;
   std::string error;
-  size_t blocks = 0;  // of the grid
+  std::string launched;  // names of kernels, a line each, until they are taken
+  size_t blocks = 0;     // of the grid
   size_t shared_bytes = 0;
   bool cooperative = false;
   Barrier grid_barrier;
