@@ -13,6 +13,7 @@ import cuda_host
 import fusedres
 from fusedres import reference, triton_kernels
 from fusedres.layout import mask_shape
+from fusedres.ops.squeeze_excite import fake_mlp, fake_mlp_grads
 
 ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish")
 
@@ -102,9 +103,40 @@ def bn_act_backward(
     return dx, dweight, dbias, dresidual
 
 
-LAUNCHERS = {
-    f.__name__: f for f in (residual_mix, residual_mix_backward, bn_stats, bn_act, bn_act_backward)
-}
+GATES = ("sigmoid", "hard_sigmoid")
+
+
+def squeeze_excite(x, w1, b1, w2, b2, residual, act, gate, post_act, save_mask):
+    y, mask = torch.empty_like(x), new_mask(x, save_mask)
+    squeezed, hidden, logits = (v.contiguous() for v in fake_mlp(x, w1))
+    cuda_host.call(
+        "squeeze_excite", "forward", x, r=w1.shape[0], act=ACTS.index(act), gate=GATES.index(gate),
+        post_act=ACTS.index(post_act), x=x, residual=residual, w1=acc(x, w1), b1=acc(x, b1),
+        w2=acc(x, w2), b2=acc(x, b2), squeezed=squeezed, hidden=hidden, logits=logits, y=y,
+        mask_out=given(mask),
+    )  # fmt: skip
+    return y, squeezed, hidden, logits, mask
+
+
+def squeeze_excite_backward(
+    dy, x, w1, w2, residual, squeezed, hidden, logits, mask, act, gate, post_act, need_dresidual
+):
+    dx, (dw1, db1, dw2, db2) = torch.empty_like(x), fake_mlp_grads(x, w1)
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
+    cuda_host.call(
+        "squeeze_excite", "backward", x, r=w1.shape[0], act=ACTS.index(act),
+        gate=GATES.index(gate), post_act=ACTS.index(post_act), x=x, residual=residual,
+        w1=acc(x, w1), w2=acc(x, w2), squeezed=squeezed, hidden=hidden, logits=logits, dy=dy,
+        mask=given(mask), dx=dx, dresidual=given(dresidual), dw1=dw1, db1=db1, dw2=dw2, db2=db2,
+    )  # fmt: skip
+    return dx, dw1, db1, dw2, db2, dresidual
+
+
+_OPS = (
+    residual_mix, residual_mix_backward, bn_stats, bn_act, bn_act_backward, squeeze_excite,
+    squeeze_excite_backward,
+)  # fmt: skip
+LAUNCHERS = {f.__name__: f for f in _OPS}
 
 
 @contextlib.contextmanager

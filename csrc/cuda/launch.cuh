@@ -48,13 +48,14 @@ struct LaunchShape {
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;
   bool cooperative = false;
+  int64_t blocks_y = 1;
 };
 
 // Starts kernel(args...). More dynamic shared memory than a block has by default is asked for.
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    Args... args) {
-  if (shape.blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
+  if (shape.blocks > kMaxGrid || shape.blocks_y > 65535) return cudaErrorInvalidConfiguration;
   if (shape.shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -63,7 +64,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
