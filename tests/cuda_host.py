@@ -133,7 +133,7 @@ def program(name: str, sources: Iterable[Path], flavour: str) -> list[str]:
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99",
     "UBSAN_OPTIONS": "exitcode=99",
-    "TSAN_OPTIONS": "exitcode=66",
+    "TSAN_OPTIONS": "exitcode=66:history_size=0",
 }
 
 
@@ -229,6 +229,7 @@ class Machine:
 
 _machine = Machine()
 launched: list[str] = []  # the kernels' names
+clusters: list[int] = []  # and how many blocks a cluster had
 
 
 @contextlib.contextmanager
@@ -266,7 +267,10 @@ def call(op: str, direction: str, x: Tensor, /, **members) -> None:
     lib.sim_set_device(_machine.sms, _machine.shared_bytes, _machine.major)
     lib.sim_set_order(ORDERS.index(_machine.order), _machine.seed)
     code = lib.sim_call(name.encode(), ctypes.byref(params))
-    launched.extend(lib.sim_take_launched().decode().split())
+    for line in lib.sim_take_launched().decode().splitlines():
+        kernel, cluster = line.split()
+        launched.append(kernel)
+        clusters.append(int(cluster))
     if code:
         message = lib.sim_take_error().decode() or lib.sim_error_string(code).decode()
         raise CudaError(f"{name}: {message}")

@@ -59,8 +59,8 @@ def new_stats(x):
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-VARIANTS = ("by_size", "streaming", "whole")
-_variant = 0  # of bn_act
+VARIANTS = ("by_size", "streaming", "whole")  # "whole": the op's one-launch form
+_variant = 0
 
 
 def bn_stats(x):
@@ -110,7 +110,7 @@ def squeeze_excite(x, w1, b1, w2, b2, residual, act, gate, post_act, save_mask):
     y, mask = torch.empty_like(x), new_mask(x, save_mask)
     squeezed, hidden, logits = (v.contiguous() for v in fake_mlp(x, w1))
     cuda_host.call(
-        "squeeze_excite", "forward", x, r=w1.shape[0], act=ACTS.index(act), gate=GATES.index(gate),
+        "squeeze_excite", "forward", x, variant=_variant, r=w1.shape[0], act=ACTS.index(act), gate=GATES.index(gate),
         post_act=ACTS.index(post_act), x=x, residual=residual, w1=acc(x, w1), b1=acc(x, b1),
         w2=acc(x, w2), b2=acc(x, b2), squeezed=squeezed, hidden=hidden, logits=logits, y=y,
         mask_out=given(mask),
@@ -132,9 +132,43 @@ def squeeze_excite_backward(
     return dx, dw1, db1, dw2, db2, dresidual
 
 
+def bn_se_act(
+    x, weight, bias, w1, b1, w2, b2, residual, mean, var, batch_stats, eps, se_act, gate, act,
+    save_mask,
+):  # fmt: skip
+    y, mask, saved = torch.empty_like(x), new_mask(x, save_mask), new_stats(x)
+    squeezed, hidden, logits = fake_mlp(x, w1)
+    cuda_host.call(
+        "bn_se_act", "forward", x, r=w1.shape[0], eps=eps, se_act=ACTS.index(se_act),
+        gate=GATES.index(gate), act=ACTS.index(act), x=x, residual=residual, weight=acc(x, weight),
+        bias=acc(x, bias), w1=acc(x, w1), b1=acc(x, b1), w2=acc(x, w2), b2=acc(x, b2),
+        given_mean=acc(x, mean), given_var=acc(x, var), mean=saved[0], var=saved[1],
+        squeezed=squeezed, hidden=hidden, logits=logits, y=y, mask_out=given(mask),
+    )  # fmt: skip
+    return y, *saved, squeezed, hidden, logits, mask
+
+
+def bn_se_act_backward(
+    dy, x, weight, bias, w1, w2, residual, mean, var, squeezed, hidden, logits, mask, batch_stats,
+    eps, se_act, gate, act, need_dresidual,
+):  # fmt: skip
+    dx, (dweight, dbias) = torch.empty_like(x), new_stats(x)
+    dw1, db1, dw2, db2 = fake_mlp_grads(x, w1)
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
+    cuda_host.call(
+        "bn_se_act", "backward", x, batch_stats=batch_stats, r=w1.shape[0], eps=eps,
+        se_act=ACTS.index(se_act), gate=GATES.index(gate), act=ACTS.index(act), x=x,
+        residual=residual, weight=acc(x, weight), bias=acc(x, bias), w1=acc(x, w1), w2=acc(x, w2),
+        given_mean=mean, given_var=var, squeezed=squeezed, hidden=hidden, logits=logits, dy=dy,
+        mask=given(mask), dx=dx, dresidual=given(dresidual), dweight=dweight, dbias=dbias, dw1=dw1,
+        db1=db1, dw2=dw2, db2=db2,
+    )  # fmt: skip
+    return dx, dweight, dbias, dw1, db1, dw2, db2, dresidual
+
+
 _OPS = (
     residual_mix, residual_mix_backward, bn_stats, bn_act, bn_act_backward, squeeze_excite,
-    squeeze_excite_backward,
+    squeeze_excite_backward, bn_se_act, bn_se_act_backward,
 )  # fmt: skip
 LAUNCHERS = {f.__name__: f for f in _OPS}
 
@@ -143,7 +177,7 @@ LAUNCHERS = {f.__name__: f for f in _OPS}
 def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
     """Ops run their CUDA kernels on the simulator, in the place of Triton's; yields the kernels.
 
-    ``variant`` is bn_act's; ``machine`` as for ``cuda_host.machine``.
+    ``variant`` is that of ops with several; ``machine`` as for ``cuda_host.machine``.
     """
     global _variant
     _variant = VARIANTS.index(variant)
@@ -154,5 +188,6 @@ def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
         can_run=lambda op, x, by_name: None,
     )
     cuda_host.launched.clear()
+    cuda_host.clusters.clear()
     with replaced, cuda_host.machine(**machine), fusedres.backend("triton"):
         yield cuda_host.launched

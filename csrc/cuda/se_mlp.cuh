@@ -117,12 +117,13 @@ struct OuterParams {
 // Reads:    a [n, o], b [n, k] from cache
 // Writes:   dw [o, k], dbias [o] once
 // Traffic:  o*k*sizeof(acc_t) bytes
-// Split:    one thread = one weight; a row of the grid = one output o
+// Split:    one thread = one weight
 template <typename S>
 __global__ void __launch_bounds__(kThreads) se_outer_kernel(const __grid_constant__ OuterParams p) {
-  const int64_t k = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  const int64_t o = blockIdx.x;
-  if (k >= p.k) return;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t o = quotient(i, p.k);
+  const int64_t k = i - o * p.k;
+  if (o >= p.o) return;
   S total = S(0);
   S bias = S(0);
   for (int64_t n0 = 0; n0 < p.n; n0 += kChain) {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) se_outer_kernel(const __grid_constan
     total += sum;
     bias += sum_a;
   }
-  static_cast<S*>(p.dw)[o * p.k + k] = total;
+  static_cast<S*>(p.dw)[i] = total;
   if (k == 0) static_cast<S*>(p.dbias)[o] = bias;
 }
 
@@ -158,9 +159,7 @@ cudaError_t launch_linear_t(const LinearParams& p, cudaStream_t stream) {
 
 template <typename S>
 cudaError_t launch_outer(const OuterParams& p, cudaStream_t stream) {
-  LaunchShape shape{p.o};
-  shape.blocks_y = cdiv(p.k, kThreads);
-  return launch(se_outer_kernel<S>, shape, stream, p);
+  return launch(se_outer_kernel<S>, {cdiv(p.o * p.k, kThreads)}, stream, p);
 }
 
 // The layers' sizes, parameters and results; a forward and a backward share it.

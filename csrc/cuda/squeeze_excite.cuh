@@ -3,15 +3,17 @@
 // streaming passes. The contract of the params and launches: launch.cuh.
 #pragma once
 
-#include "se_mlp.cuh"
-#include "stream_apply.cuh"
+#include "squeeze_excite_cluster.cuh"
 #include "stream_reduce.cuh"
 
 namespace fusedres {
 namespace cuda {
 
+enum class SeVariant : int { kBySize, kStreaming, kCluster };
+
 struct SqueezeExciteParams {
   Dtype dtype;
+  int variant;  // an SeVariant of the forward; kCluster fails with cudaErrorNotSupported elsewhere
   bool planar;
   int64_t n, c, hw, r;
   Act act;  // of the MLP
@@ -151,6 +153,36 @@ cudaError_t launch_image_sums(const ImageSumsParams& p, cudaStream_t stream) {
   return launch(se_image_sums_kernel<S>, {cdiv(p.n * p.c, kThreads)}, stream, p);
 }
 
+// Whether a cluster is to hold an image; then *m says how. Where the weights are more traffic from
+// the L2 cache than x is from memory (stage 4), the streaming passes read them for eight images at
+// a time. The factor is not measured.
+template <typename T>
+cudaError_t choose_cluster(const SqueezeExciteParams& p, const StreamParams& a, SeClusterParams* m,
+                           int64_t* shared_bytes) {
+  *m = {p.n, p.c, p.hw, p.r, 0, 0, 0, 0, 0};
+  if (p.variant == static_cast<int>(SeVariant::kStreaming)) return cudaSuccess;
+  Device device;
+  const cudaError_t error = read_device(&device);
+  if (error != cudaSuccess) return error;
+  const bool wanted = p.variant == static_cast<int>(SeVariant::kCluster);
+  const int64_t weights = 2 * p.c * p.r * static_cast<int64_t>(sizeof(float));
+  const int64_t image = p.c * p.hw * static_cast<int64_t>(sizeof(T));
+  if (wanted || weights <= 2 * image) {
+    se_cluster_split(a, device, static_cast<int>(sizeof(T)), m, shared_bytes);
+  }
+  if (wanted && m->cluster == 0) return cudaErrorNotSupported;
+  m->w1 = p.w1;
+  m->b1 = p.b1;
+  m->w2 = p.w2;
+  m->b2 = p.b2;
+  m->squeezed = p.squeezed;
+  m->hidden = p.hidden;
+  m->logits = p.logits;
+  m->act = p.act;
+  m->gate = p.gate;
+  return cudaSuccess;
+}
+
 template <typename T>
 cudaError_t squeeze_excite_forward(const SqueezeExciteParams& p, cudaStream_t stream) {
   using S = acc_of<T>;
@@ -158,7 +190,16 @@ cudaError_t squeeze_excite_forward(const SqueezeExciteParams& p, cudaStream_t st
   StreamParams a = se_stream_params<T>(p);
   a.part1 = scratch.part1;
   a.part2 = scratch.part2;
-  cudaError_t error = stream_stats<T>(a, stream);
+  SeClusterParams m;
+  int64_t shared_bytes = 0;
+  cudaError_t error = choose_cluster<T>(p, a, &m, &shared_bytes);
+  if constexpr (sizeof(T) < 8) {
+    if (error == cudaSuccess && m.cluster > 0) {
+      a.out = p.y;
+      return launch_se_cluster<T>(a, m, shared_bytes, stream);
+    }
+  }
+  if (error == cudaSuccess) error = stream_stats<T>(a, stream);
   ImageSumsParams sums{p.n, p.c, a.tiling.parts() / p.n, scratch.part1};
   sums.divisor = static_cast<double>(p.hw);
   sums.out = p.squeezed;

@@ -77,7 +77,7 @@ const char* sim_error_string(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
-// The kernels launched since the last call, a line each.
+// The launches since the last call, a line each: kernel, blocks of a cluster.
 const char* sim_take_launched() {
   static std::string taken;
   taken.swap(sim::state.launched);

@@ -213,7 +213,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   blockDim = config.blockDim;
   state.thread = thread;
   state.kernel = kernel_name(kernel);
-  state.launched += state.kernel + "\n";
+  const size_t cluster = volume(attributes.cluster);
+  state.launched += state.kernel + " " + std::to_string(cluster) + "\n";
   state.blocks = volume(config.gridDim);
   state.shared_bytes = config.dynamicSmemBytes;
   state.cooperative = attributes.cooperative;

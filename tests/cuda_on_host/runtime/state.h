@@ -125,7 +125,7 @@ struct State {
   std::function<void()> thread;  // what a fiber runs
   std::string kernel;
   std::string error;
-  std::string launched;  // names of kernels, a line each, until they are taken
+  std::string launched;  // a line a launch until they are taken: kernel, blocks of a cluster
   size_t blocks = 0;     // of the grid
   size_t shared_bytes = 0;
   bool cooperative = false;
