@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 import cuda_host
 import fusedres
+from cases import DTYPES
 from fusedres import reference, triton_kernels
 from fusedres.layout import mask_shape
 from fusedres.ops.squeeze_excite import fake_mlp, fake_mlp_grads
@@ -57,6 +59,13 @@ def residual_mix_backward(dy, branch, shortcut, gate, row_scale, mask, alpha, be
 def new_stats(x):
     shape, dtype = (x.shape[1],), reference.acc_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def cases_of(options: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case in every dtype; the largest, of ResNet's stages, in two."""
+    large = torch.float32, torch.bfloat16
+    pairs = [(c, d) for c in options for d in DTYPES if not c.startswith("stage") or d in large]
+    return pytest.mark.parametrize(("case", "dtype"), pairs, ids=str)
 
 
 VARIANTS = ("by_size", "streaming", "whole")  # "whole": the op's one-launch form

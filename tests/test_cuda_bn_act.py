@@ -9,7 +9,7 @@ import test_bn_act as bn
 from accuracy import assert_as_accurate_as_eager
 from cases import DTYPES, SHAPES, arrange, layouts, misaligned, values_per_channel
 from cuda_host import ORDERS, CudaError
-from cuda_ops import cuda_on_host
+from cuda_ops import cases_of, cuda_on_host
 from fusedres import reference
 from fusedres.layout import pack_mask
 from harness import (
@@ -30,8 +30,7 @@ FINDS_Z = ["bn_scale_kernel"]  # before a backward without a mask
 WHOLE, WHOLE_BACKWARD = ["bn_act_fwd_whole_kernel"], ["bn_act_bwd_whole_kernel"]
 
 
-@dtypes
-@pytest.mark.parametrize("case", bn.OPTIONS)
+@cases_of(bn.OPTIONS)
 def test_training(case, dtype):
     act, residual = (bn.OPTIONS[case][k] for k in ("act", "residual"))
     tensors = bn.tensors_of(*SHAPES[case], dtype, residual=residual)
@@ -89,8 +88,7 @@ def test_one_launch_asked_for_where_it_does_not_fit():
         bn.fused()(**tensors)
 
 
-@dtypes
-@pytest.mark.parametrize("case", bn.EVAL_OPTIONS)
+@cases_of(bn.EVAL_OPTIONS)
 def test_running_statistics_with_gradients(case, dtype):
     options = bn.EVAL_OPTIONS[case]
     tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"], training=False)

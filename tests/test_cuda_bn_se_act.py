@@ -6,16 +6,13 @@ import pytest
 import torch
 
 import test_bn_se_act as bnse
-from cases import DTYPES, SHAPES, layouts, misaligned
+from cases import SHAPES, layouts, misaligned
 from cuda_host import ORDERS
-from cuda_ops import cuda_on_host
+from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 
-
-@dtypes
-@pytest.mark.parametrize("case", bnse.OPTIONS)
+@cases_of(bnse.OPTIONS)
 def test_training(case, dtype):
     options = bnse.OPTIONS[case]
     tensors = bnse.tensors_of(*SHAPES[case], dtype, **options)

@@ -44,6 +44,7 @@ OUT_OF_BOUNDS = {
     "row_sum_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # global memory
     "matmul_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # dynamic shared memory
     "static_overrun": ("index 32 out of bounds for type", "blocks.cpp"),
+    "misaligned_vector": ("misaligned address", "blocks.cpp"),
 }
 # Found by ThreadSanitizer, whatever the values were.
 RACES = {

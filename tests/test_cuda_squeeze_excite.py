@@ -7,16 +7,13 @@ import torch
 
 import cuda_host
 import test_squeeze_excite as se
-from cases import DTYPES, SHAPES, layouts, misaligned
+from cases import SHAPES, layouts, misaligned
 from cuda_host import ORDERS
-from cuda_ops import cuda_on_host
+from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 
-
-@dtypes
-@pytest.mark.parametrize("case", se.OPTIONS)
+@cases_of(se.OPTIONS)
 def test_values_and_gradients(case, dtype):
     options = se.OPTIONS[case]
     tensors = se.tensors_of(*SHAPES[case], dtype, **options)

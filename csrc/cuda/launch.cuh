@@ -20,6 +20,7 @@
 //   workspace      at least as many bytes as <op>_..._workspace says, 256-byte aligned (as the
 //                  caching allocator's are); the content does not matter before or after
 //   results        every element is written; none may overlap an input
+//   variant        of an op that has several implementations: 0 lets shape and device choose
 //
 // The caller checks arguments, allocates, sets the device, and returns early on empty tensors. A
 // launch allocates nothing and does not synchronise, so it can be captured in a CUDA graph; it

@@ -55,7 +55,7 @@ __device__ __forceinline__ void linear_output(const LinearParams& p, int64_t ima
 // Traffic:  n/8*o*k*sizeof(acc_t) bytes
 // Split:    one warp = one output of eight images; a lane adds every 32nd term, then a shuffle tree
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     se_linear_kernel(const __grid_constant__ LinearParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t o = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -82,7 +82,7 @@ constexpr int64_t kChain = 64;  // terms that are added up in acc_t before they 
 // Traffic:  n/8*o*k*sizeof(acc_t) bytes
 // Split:    one thread = one output of eight images
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     se_linear_t_kernel(const __grid_constant__ LinearParams p) {
   const int64_t o = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t image0 = static_cast<int64_t>(blockIdx.y) * kImages;

@@ -197,7 +197,7 @@ void run_grid(const dim3& cluster_dim) {
   }
   if (state.cooperative && state.error.empty()) run_blocks(blocks);
   free_blocks(&blocks);
-  forget_finished_fibers();
+  free_used_fibers();
 }
 
 }  // namespace

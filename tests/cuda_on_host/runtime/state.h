@@ -142,7 +142,7 @@ extern State state;
 // --- contexts.cpp
 void start_fiber(Fiber* fiber, size_t slot);  // on a stack of its own; it runs when resumed
 void finish_fiber(Fiber* fiber);
-void forget_finished_fibers();
+void free_used_fibers();
 void resume(Fiber* fiber);
 void leave();  // back to the scheduler
 
