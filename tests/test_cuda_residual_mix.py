@@ -8,17 +8,16 @@ import torch
 import test_residual_mix as mix
 from cases import DTYPES, SHAPES, layouts, misaligned
 from cuda_host import ORDERS
-from cuda_ops import cuda_on_host
+from cuda_ops import cases_of, cuda_on_host
 from fusedres import reference
 from fusedres.layout import pack_mask
 from harness import Unchanged, assert_same_bits, assert_same_non_finite, gradients
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
-FORWARD, BACKWARD = "residual_mix_forward", "residual_mix_backward"
+FORWARD, BACKWARD = "residual_mix_fwd_kernel", "residual_mix_bwd_kernel"
 
 
-@dtypes
-@pytest.mark.parametrize("case", mix.OPTIONS)
+@cases_of(mix.OPTIONS)
 def test_values_and_gradients(case, dtype):
     options = mix.OPTIONS[case]
     tensors = mix.tensors_of(*SHAPES[case], dtype, **options)

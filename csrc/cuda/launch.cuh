@@ -20,6 +20,7 @@
 //   workspace      at least as many bytes as <op>_..._workspace says, 256-byte aligned (as the
 //                  caching allocator's are); the content does not matter before or after
 //   results        every element is written; none may overlap an input
+//   variant        of an op that has several implementations: 0 lets shape and device choose
 //
 // The caller checks arguments, allocates, sets the device, and returns early on empty tensors. A
 // launch allocates nothing and does not synchronise, so it can be captured in a CUDA graph; it
@@ -48,13 +49,14 @@ struct LaunchShape {
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;
   bool cooperative = false;
+  int64_t blocks_y = 1;
 };
 
 // Starts kernel(args...). More dynamic shared memory than a block has by default is asked for.
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    Args... args) {
-  if (shape.blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
+  if (shape.blocks > kMaxGrid || shape.blocks_y > 65535) return cudaErrorInvalidConfiguration;
   if (shape.shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -63,7 +65,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
@@ -106,12 +108,34 @@ inline cudaError_t read_device(Device* out) {
   return error;
 }
 
+// Hands out parts of a workspace; of none, to count what is needed.
+class Workspace {
+ public:
+  explicit Workspace(void* at) : at_(static_cast<char*>(at)) {}
+  void* take(int64_t bytes) {
+    void* const part = at_ == nullptr ? nullptr : at_ + used_;
+    used_ += cdiv(bytes, 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* at_;
+  int64_t used_ = 0;
+};
+
 // Calls function<scalar_t>(...) for the scalar type of a Dtype.
+#if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
+#define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
+  ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
+                                   : function<__nv_bfloat16>(__VA_ARGS__))
+#else
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \
    : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \
    : (dtype) == ::fusedres::kFloat16  ? function<__half>(__VA_ARGS__)        \
                                       : function<double>(__VA_ARGS__))
+#endif
 
 }  // namespace cuda
 }  // namespace fusedres

@@ -6,6 +6,7 @@
 // array then belongs to the block that runs, has its own bounds, and starts poisoned.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -40,6 +41,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 #endif
+
+// --- clusters: without them (below sm_90) a block is a cluster of its own
+
+__device__ __forceinline__ void cluster_sync() {
+#if defined(FUSEDRES_CUDA_ON_HOST) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// Where block `rank` of the cluster has what this block has at `shared`.
+template <typename T>
+__device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
+#if defined(FUSEDRES_CUDA_ON_HOST) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+  return shared;
+#endif
+}
 
 // Waits until `threads` threads (a multiple of 32) have come to barrier `id`, 1 to 15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {

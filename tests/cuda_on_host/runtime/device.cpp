@@ -77,6 +77,14 @@ const char* sim_error_string(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
+// The launches since the last call, a line each: kernel, blocks of a cluster.
+const char* sim_take_launched() {
+  static std::string taken;
+  taken.swap(sim::state.launched);
+  sim::state.launched.clear();
+  return taken.c_str();
+}
+
 // What ended the last launch, or an empty string; forgotten once read.
 const char* sim_take_error() {
   static std::string taken;

@@ -197,6 +197,7 @@ void run_grid(const dim3& cluster_dim) {
   }
   if (state.cooperative && state.error.empty()) run_blocks(blocks);
   free_blocks(&blocks);
+  free_used_fibers();
 }
 
 }  // namespace
@@ -212,6 +213,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   blockDim = config.blockDim;
   state.thread = thread;
   state.kernel = kernel_name(kernel);
+  const size_t cluster = volume(attributes.cluster);
+  state.launched += state.kernel + " " + std::to_string(cluster) + "\n";
   state.blocks = volume(config.gridDim);
   state.shared_bytes = config.dynamicSmemBytes;
   state.cooperative = attributes.cooperative;

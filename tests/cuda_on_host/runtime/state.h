@@ -125,7 +125,8 @@ struct State {
   std::function<void()> thread;  // what a fiber runs
   std::string kernel;
   std::string error;
-  size_t blocks = 0;  // of the grid
+  std::string launched;  // a line a launch until they are taken: kernel, blocks of a cluster
+  size_t blocks = 0;     // of the grid
   size_t shared_bytes = 0;
   bool cooperative = false;
   Barrier grid_barrier;
@@ -141,6 +142,7 @@ extern State state;
 // --- contexts.cpp
 void start_fiber(Fiber* fiber, size_t slot);  // on a stack of its own; it runs when resumed
 void finish_fiber(Fiber* fiber);
+void free_used_fibers();
 void resume(Fiber* fiber);
 void leave();  // back to the scheduler
 

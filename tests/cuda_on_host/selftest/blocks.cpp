@@ -97,6 +97,19 @@ cudaError_t static_overrun(bool* right) {
   return launch(static_overrun_kernel, {1, 32}, nullptr, y.data(), 1);
 }
 
+__global__ void misaligned_vector_kernel(const float* x, float* y) {
+  const float4 v = *reinterpret_cast<const float4*>(x + 4 * threadIdx.x);
+  y[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+
+cudaError_t misaligned_vector(bool* right) {
+  alignas(16) static float x[4 * 32 + 1];
+  std::vector<float> y(32);
+  *right = true;
+  return launch(misaligned_vector_kernel, {1, 32}, nullptr, static_cast<const float*>(x + 1),
+                y.data());
+}
+
 __global__ void barrier_for_some_kernel(float* y) {
   if (threadIdx.x < 32) __syncthreads();
   y[threadIdx.x] = 1;
@@ -201,6 +214,7 @@ std::vector<Case> block_cases() {
       {"matmul_without_second_barrier", matmul<Bug::kNoSecondBarrier>},
       {"matmul_one_behind", matmul<Bug::kOneBehind>},
       {"static_overrun", static_overrun},
+      {"misaligned_vector", misaligned_vector},
       {"barrier_for_some", on_64_threads<barrier_for_some_kernel>},
       {"barriers_at_two_lines", on_64_threads<barriers_at_two_lines_kernel>},
       {"barriers_of_two_kinds", on_64_threads<barriers_of_two_kinds_kernel>},
