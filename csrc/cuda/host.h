@@ -62,6 +62,13 @@ class Parameter {
     if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
   }
   const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+  void copy_or_zero(Tensor* to) const {
+    if (tensor_.has_value()) {
+      torch::stable::copy_(*to, *tensor_);
+    } else {
+      torch::stable::zero_(*to);
+    }
+  }
 
  private:
   OptTensor tensor_;
@@ -74,6 +81,48 @@ inline Tensor new_workspace(const Tensor& x, int64_t bytes) {
 
 inline void* data_or_null(const Tensor& t) {
   return t.numel() == 0 ? nullptr : t.mutable_data_ptr();
+}
+
+// Results of an empty tensor: sums over nothing.
+template <typename... Ts>
+void zero_all(Ts&... tensors) {
+  (torch::stable::zero_(tensors), ...);
+}
+
+// What the forward saved, [N, cols] acc_t: read in place.
+inline void* saved_data(const View& v, const char* name, const Tensor& t, int64_t cols) {
+  check_shape(v.op, name, t, {v.n, cols}, v.device);
+  const ScalarType acc = v.dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(t.scalar_type() == acc && t.is_contiguous(), v.op, ": ", name,
+                  " must be as the forward returned it: contiguous ",
+                  torch::headeronly::toString(acc));
+  return t.numel() == 0 ? nullptr : t.mutable_data_ptr();
+}
+
+inline void check_statistics(const View& v, const OptTensor& mean, const OptTensor& var,
+                             bool batch_stats) {
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), v.op,
+                  ": mean and var must be given together");
+  STD_TORCH_CHECK(mean.has_value() || batch_stats, v.op,
+                  ": mean and var are required unless batch_stats is true");
+}
+
+// The members that the params of all ops on activations have.
+template <typename Params>
+Params params_of(const View& v) {
+  Params p{};
+  p.dtype = v.dtype;
+  p.planar = v.planar;
+  p.n = v.n;
+  p.c = v.c;
+  p.hw = v.hw;
+  return p;
+}
+
+// Squeezed channels R of the MLP's first weight [R, C].
+inline int64_t squeezed_channels(const View& v, const Tensor& w1) {
+  STD_TORCH_CHECK(w1.dim() == 2, v.op, ": w1 must have shape [R, C], got ", shape_of(w1));
+  return w1.size(0);
 }
 
 #if !defined(FUSEDRES_CUDA_ON_HOST)

@@ -9,12 +9,7 @@ namespace {
 
 ResidualMixParams mix_params(const View& v, double alpha, double beta, Act act,
                              const Parameter& row_scale) {
-  ResidualMixParams p{};
-  p.dtype = v.dtype;
-  p.planar = v.planar;
-  p.n = v.n;
-  p.c = v.c;
-  p.hw = v.hw;
+  ResidualMixParams p = params_of<ResidualMixParams>(v);
   p.alpha = alpha;
   p.beta = beta;
   p.act = act;
