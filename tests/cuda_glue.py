@@ -45,7 +45,8 @@ def ops():
     """The namespace of the ops, ``torch.ops.fusedres_on_host``; compiles what changed."""
     sources = [*(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "registration.cpp", CSRC / "view.cpp"]
     key = hashlib.sha256(cuda_host.digest(cuda_host.KERNELS, cuda_host.SIMULATOR).encode())
-    key.update((CSRC / "view.cpp").read_bytes() + torch.__version__.encode())
+    key.update((CSRC / "view.cpp").read_bytes() + Path(__file__).read_bytes())
+    key.update(torch.__version__.encode())
     key = key.hexdigest()[:16]
     target = cuda_host.BUILD / f"glue.{key}.so"
     runtime = sorted((cuda_host.SIMULATOR / "runtime").glob("*.cpp"))
