@@ -85,7 +85,9 @@ def test_a_gpu_that_is_not_covered_is_one_warning(machine):
 
 def test_without_triton_either_the_warning_says_both(machine):
     machine(capability=(7, 5), triton=None)
-    with pytest.warns(RuntimeWarning, match="runs plain PyTorch: native: GPU 0.*Triton is not") as w:
+    with pytest.warns(
+        RuntimeWarning, match="runs plain PyTorch: native: GPU 0.*Triton is not"
+    ) as w:
         assert dispatch.choose("bn_act", on()).backend == "reference"
         assert dispatch.choose("bn_act", on()).backend == "reference"
     assert len(w) == 1
