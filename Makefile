@@ -12,6 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# GPUs that `make wheel` compiles CUDA kernels for (fusedres/toolchain.py); empty: none.
+ARCHS ?= all
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -35,9 +37,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 BUILD_READY := $(STAMPS)/editable
 DEMO_READY := $(STAMPS)/demo
-TEST_READY := $(STAMPS)/test
+TEST_READY := $(STAMPS)/test $(STAMPS)/wheel $(STAMPS)/cuda
 BENCH_READY := $(STAMPS)/bench
 LINT_READY := $(STAMPS)/lint
+WHEEL_READY := $(STAMPS)/build $(STAMPS)/wheel $(if $(ARCHS),$(STAMPS)/cuda)
 endif
 
 .PHONY: help demo test build lint lint-python lint-cpp format bench gate sanitize wheel clean
@@ -70,16 +73,21 @@ format: $(LINT_READY) ## rewrite the sources in the house style
 bench: build $(BENCH_READY) ## run a few minutes of benchmarks; FULL=1: all of them, for hours
 	$(PY) -m fusedres bench $(ARGS)
 
-gate: build $(TEST_READY) ## compile the Triton kernels for every GPU generation; print what they cost
+gate: build $(TEST_READY) ## compile the Triton and CUDA kernels for every GPU generation; print what they cost
 	$(PY) tests/compile_gate.py $(ARGS)
+	$(PY) tests/cuda_gate.py
 
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	FUSEDRES_LIBRARY=$(abspath $(SANITIZED)) $(PYTEST) -k "not reference" $(ARGS) $(OP_TESTS)
 
-wheel: $(BUILD_READY) ## build a wheel into dist/
-	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+# auditwheel names the oldest Linux that the wheel runs on; torch's libraries are torch's.
+wheel: $(WHEEL_READY) ## build a wheel into dist/ for every GPU; ARCHS=90a: for that one, ARCHS=: for CPUs
+	rm -rf build/wheel
+	FUSEDRES_CUDA_ARCHS="$(ARCHS)" $(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheel
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' \
+	--exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
 clean: ## remove everything that was built, the virtual environment included
 	rm -rf build dist $(VENV) fusedres-demo *.egg-info $(LIBRARY)
@@ -118,6 +126,15 @@ $(STAMPS)/test: requirements/test.txt requirements/test-no-deps.txt $(STAMPS)/de
 $(STAMPS)/bench: requirements/bench.txt $(STAMPS)/test
 	$(PIP) install -r requirements/bench.txt
 	touch $@
+
+$(STAMPS)/wheel: requirements/wheel.txt | $(PY)
+	$(PIP) install -r requirements/wheel.txt
+	mkdir -p $(@D) && touch $@
+
+# nvcc, where the machine has none
+$(STAMPS)/cuda: requirements/cuda.txt | $(PY)
+	$(PY) fusedres/toolchain.py || $(PIP) install -r requirements/cuda.txt
+	mkdir -p $(@D) && touch $@
 
 $(STAMPS)/lint: requirements/lint.txt | $(PY)
 	$(PIP) install -r requirements/lint.txt

@@ -1,7 +1,10 @@
-// Binds the CPU implementations to the schemas that fusedres/ops/*.py define.
+// Binds the CPU implementations to the schemas that fusedres/ops/*.py define; those for CUDA are
+// bound in cuda/registration.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/ops.h"
+#include "build_info.h"
+#include "cpu/isa.h"
+#include "ops.h"
 
 namespace fusedres {
 
@@ -33,8 +36,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&fusedres::fingerprint));
 }
 
-// No tensor argument, so no CPU key to dispatch on: "cpu_isa() -> int" is 0, 1 or 2 for portable,
-// avx2 or avx512.
+// No tensor argument, so no key to dispatch on: "cpu_isa() -> int" is 0, 1 or 2 for portable, avx2
+// or avx512; "cuda_inside() -> str": build_info.h.
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fusedres::cpu_isa));
+  m.impl("cuda_inside", TORCH_BOX(&fusedres::cuda_inside));
 }

@@ -19,13 +19,20 @@ from . import native, triton_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Ops that are a composition of other ops and PyTorch's convolution where no kernel does it all.
-COMPOSED = ("conv_stats", "conv_bn_act")
+# Ops that are a composition of PyTorch's convolution and another op where no kernel does it all,
+# with the op whose kernel they need then.
+COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act"}
 
 
 def _native_can_run(op: str, x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"the library holds CPU kernels, x is on {x.device.type}"
+    kind = x.device.type
+    if kind == "cuda":
+        by_name = forced_backend() == "native"
+        if op in COMPOSED and not by_name and _triton_can_run(op, x) is None:
+            return "Triton measures its convolution kernel against PyTorch's"
+        return native.cuda_reason(COMPOSED.get(op, op), x.device.index)
+    if kind != "cpu":
+        return f"the library holds kernels for CPUs and NVIDIA GPUs, x is on {kind}"
     return native.load_error()
 
 
@@ -105,9 +112,29 @@ def choose(op: str, x: Tensor) -> Choice:
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")
-    if name == "reference":
-        _warn_of_plain_pytorch(x, reasons)
+    if reasons:
+        _warn_of_the_choice(name, x, reasons)
     return Choice(name, "; ".join(reasons) or None)
+
+
+def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:
+    """Take the native backend from ``op`` on the device of ``x``, whose launch ended in ``error``.
+
+    That is safe where the launch was refused: nothing has run, and ops write to nothing of the
+    caller's. It is left to the caller where a backend was asked for by name, and while a CUDA graph
+    is captured, which a refused launch spoils.
+
+    Raises:
+        RuntimeError: ``error``, where the next backend cannot take over.
+    """
+    safe = native.REFUSED in str(error) and not torch.cuda.is_current_stream_capturing()
+    if forced_backend() is not None or not safe:
+        raise error
+    reason = native.refuse(op, x.device.index, error)
+    warn_once(f"fusedres no longer runs {op} natively on {x.device}: {reason}")
+    # The reference's backward is autograd's own: it needs the reference's forward, the next time.
+    if op.endswith("_backward") and choose(op, x).backend == "reference":
+        raise error
 
 
 def autocasts(x: Tensor) -> bool:
@@ -116,11 +143,20 @@ def autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _warn_of_plain_pytorch(x: Tensor, reasons: list[str]) -> None:
-    if x.device.type == "cpu":
-        warn_once(f"fusedres runs plain PyTorch: {reasons[0]}")
-    elif x.device.type == "cuda" and x.dtype != torch.float64:  # float64 belongs there
-        warn_once(f"fusedres runs plain PyTorch: {reasons[1]}")
+def _warn_of_the_choice(name: str, x: Tensor, reasons: list[str]) -> None:
+    """Say once what a user can mend: no library, a GPU that it or Triton does not cover."""
+    told = []
+    if x.device.type == "cpu" and name == "reference":
+        told = reasons[:1]
+    elif x.device.type == "cuda":
+        if native.uncovered(x.device.index) is not None:
+            told = reasons[:1]
+        if name == "reference" and x.dtype != torch.float64:  # float64 belongs there
+            told = [*told, reasons[1]]
+    if told and not _warned.issuperset(told):
+        _warned.update(told)
+        runs = "plain PyTorch" if name == "reference" else name
+        warn_once(f"fusedres runs {runs}: {'; '.join(told)}")
 
 
 def has_kernel(op: str, x: Tensor, instead: str) -> bool:

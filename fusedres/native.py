@@ -1,14 +1,23 @@
-"""Loads the compiled library, and remembers why when it cannot."""
+"""Loads the compiled library, and remembers why when it, or its CUDA kernels, cannot be used."""
 
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from . import elf, toolchain
+
 ISA_NAMES = ("portable", "avx2", "avx512")
+
+# The words of csrc/cuda/host.h for a launch that did not start, and left the device as it was.
+REFUSED = "the launch was refused"
+
+_refusals: dict[tuple[str, int], str] = {}  # by op and device
+_lock = threading.Lock()
 
 
 def library_path() -> Path:
@@ -23,7 +32,7 @@ def load_error() -> str | None:
     path = library_path()
     if not path.is_file():
         return f"{path.name} is not built: run `make build`, or install a wheel"
-    if _cut_short(path):
+    if elf.is_cut_short(path):
         return f"{path.name} does not load: the file is cut short; build or install it again"
     try:
         torch.ops.load_library(str(path))
@@ -32,22 +41,87 @@ def load_error() -> str | None:
     return None
 
 
-def _cut_short(path: Path) -> bool:
-    # dlopen maps such a file and dies of SIGBUS, where an error could not be caught. An ELF file
-    # of 64 bits ends with its section headers: their offset, entry size and number (ELF-64, 1).
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return False  # dlopen says what is wrong with these
-    order = "little" if header[5] == 1 else "big"
-    offset, size, number = (
-        int.from_bytes(header[a:b], order) for a, b in ((40, 48), (58, 60), (60, 62))
-    )
-    return offset + size * number > path.stat().st_size
-
-
 def cpu_isa() -> str | None:
     """The instruction set the CPU kernels run with, or None without the library."""
     if load_error() is not None:
         return None
     return ISA_NAMES[torch.ops.fusedres_native.cpu_isa()]
+
+
+# --- CUDA
+
+
+@cache
+def cuda_inside() -> tuple[tuple[int, int], tuple[str, ...]] | None:
+    """The CUDA release and the architectures of the kernels in the library; None without any."""
+    if load_error() is not None:
+        return None
+    told = torch.ops.fusedres_native.cuda_inside()
+    if not told:
+        return None
+    release, _, archs = told.partition(":")
+    major, _, minor = release.partition(".")
+    return (int(major), int(minor)), tuple(archs.split(","))
+
+
+@cache
+def driver() -> tuple[int, int] | None:
+    """The CUDA release that the NVIDIA driver is made for; None without a driver."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # 13020 is 13.2
+    return (version // 1000, version % 1000 // 10) if version else None
+
+
+@cache
+def uncovered(index: int) -> str | None:
+    """Why a library with CUDA kernels has none that run on this device, and the fix; or None."""
+    inside = cuda_inside()
+    if inside is None:
+        return None
+    (major, _), archs = inside
+    found = driver()
+    if found is not None and found[0] < major:  # CUDA's minor versions are compatible
+        return (
+            "the driver is made for CUDA {}.{}, the library's kernels for CUDA {}: update the"
+            " NVIDIA driver, or build the library with an older nvcc"
+        ).format(*found, major)
+    capability = torch.cuda.get_device_capability(index)
+    if any(toolchain.covers(arch, capability) for arch in archs):
+        return None
+    own = toolchain.arch_of(capability)
+    fix = "there are none for it: they need 8.0" if own is None else _fix(own)
+    return "{} has compute capability {}.{}, the library's kernels are for {}: {}".format(
+        torch.cuda.get_device_name(index), *capability, " ".join(archs), fix
+    )
+
+
+def _fix(arch: str) -> str:
+    wheel = "install the wheel for all GPUs, or in the sources run"
+    return f"{wheel} FUSEDRES_CUDA_ARCHS={arch} pip install --no-build-isolation ."
+
+
+@cache
+def has_cuda_kernel(op: str) -> bool:
+    name = f"fusedres_native::{op}"
+    defined = torch._C._dispatch_has_kernel(name)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+def cuda_reason(op: str, index: int) -> str | None:
+    """Why the library cannot run ``op`` on this CUDA device, or None."""
+    if (error := load_error()) is not None:
+        return error
+    if cuda_inside() is None:
+        return "the library holds CPU kernels, x is on cuda"
+    if torch.version.hip is not None:
+        return "the kernels are compiled for NVIDIA GPUs only, this PyTorch is built for ROCm"
+    if not has_cuda_kernel(op):
+        return f"there is no CUDA kernel for {op}"
+    return uncovered(index) or _refusals.get((op, index))
+
+
+def refuse(op: str, index: int, error: RuntimeError) -> str:
+    """From now on ``op`` cannot run on this device: its launch was refused. Returns the reason."""
+    reason = str(error).splitlines()[0]
+    with _lock:
+        _refusals[op, index] = reason
+    return reason

@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 from cases import randn
-from fusedres import dispatch, triton_kernels
+from fusedres import dispatch, native, triton_kernels
 from fusedres.functional import batch_norm_act
 from fusedres.report import doctor
 from modules import block_pair, compare, parameter_gradients
@@ -47,6 +47,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
         monkeypatch.setattr(dispatch, "_warned", set())
+        monkeypatch.setattr(native, "cuda_inside", lambda: None)  # of a CPU wheel
+        monkeypatch.setattr(native, "uncovered", native.uncovered.__wrapped__)
 
     return install
 

@@ -1,5 +1,6 @@
 // add_norm: sum = shortcut + noise * branch and y = norm(sum), rows of [M, D]; its backward.
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 namespace {

@@ -1,7 +1,8 @@
 // Batch normalisation on the host: statistics and the coefficients of its affine map.
 #pragma once
 
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 

@@ -2,7 +2,8 @@
 // behind autograd's version counter (through .data).
 #include <cstring>
 
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 namespace {

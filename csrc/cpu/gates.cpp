@@ -1,5 +1,6 @@
 // highway and lstm_cell: gated residuals over rows of pre-activations that one GEMM wrote.
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 namespace {

@@ -1,50 +1,16 @@
-// What the host side of every operator shares: the view of a tensor, parameters in the
-// accumulator's type, plans, launches and the merge of partial sums.
+// What the host side of every CPU operator shares: parameters in the accumulator's type, plans,
+// launches and the merge of partial sums.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <memory>
-#include <string>
-#include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../view.h"
 #include "isa.h"
 
 namespace fusedres {
 
-// A dense activation tensor: [N, C, inner] in memory order NCHW (planar) or NHWC.
-struct View {
-  const char* op;
-  Dtype dtype;
-  bool planar;
-  int64_t n, c, hw;
-  int64_t numel() const { return n * c * hw; }
-  int64_t count() const { return n * hw; }  // values a channel
-  int64_t mask_rows() const { return planar ? n * c : n * hw; }
-  int64_t mask_cols() const { return planar ? hw : c; }
-  int64_t mask_row_bytes() const { return (mask_cols() + 7) / 8; }
-};
-
-bool is_channels_last(const Tensor& t);
-View view_of(const char* op, const Tensor& x);
-// dy, residual, gate, ...: x's shape, dtype and memory order. Returns the data.
-const void* data_like(const View& v, const Tensor& x, const char* name, const Tensor& t);
-const void* data_like(const View& v, const Tensor& x, const char* name, const OptTensor& t);
-// The mask of `v`, or null when the tensor is empty.
-const uint8_t* mask_data(const View& v, const Tensor& mask);
-Tensor new_mask(const View& v, const Tensor& x, bool wanted);
-
-Act parse_act(const char* op, const char* name, const std::string& act);
-Gate parse_gate(const char* op, const std::string& gate);
-inline bool has_mask(Act act) {
-  return act == Act::kRelu || act == Act::kRelu6 || act == Act::kLeakyRelu;
-}
-
-Tensor new_acc(const View& v, const Tensor& x, std::vector<int64_t> sizes);
-Tensor new_empty_like(const Tensor& x, bool wanted);  // x's strides, or [0]
 template <typename acc_t>
 acc_t* acc_data(const Tensor& t) {
   return static_cast<acc_t*>(t.mutable_data_ptr());

@@ -5,10 +5,9 @@
 #include <stdint.h>
 
 #include "../bn_math.h"
+#include "../dtype.h"
 
 namespace fusedres {
-
-enum Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 constexpr int64_t kChain = 128;        // longest fp32 chain of a sum before it is carried to fp64
 constexpr int64_t kMaxColumns = 1024;  // columns of a reduction tile, and of a packed row

@@ -1,5 +1,6 @@
 // residual_mix: y = act(alpha * row_scale[n] * branch + beta * shortcut), with an optional gate.
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 namespace {

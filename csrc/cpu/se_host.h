@@ -1,7 +1,8 @@
 // The squeeze-excite MLP on the host: hidden = p @ w1.T + b1, logits = act(hidden) @ w2.T + b2.
 #pragma once
 
-#include "ops.h"
+#include "../ops.h"
+#include "host.h"
 
 namespace fusedres {
 

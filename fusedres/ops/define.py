@@ -20,6 +20,7 @@ from .. import dispatch, triton_kernels
 _public = torch.library.Library("fusedres", "DEF")
 _native = torch.library.Library("fusedres_native", "DEF")
 _native.define("cpu_isa() -> int")
+_native.define("cuda_inside() -> str")
 _native.define(
     "fingerprint(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
     " Tensor var) -> int"
@@ -116,7 +117,9 @@ def define(
         elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
-            return native(*args)
+            if x.device.type == "cpu":
+                return native(*args)
+            kernel = partial(_launched, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:
@@ -147,6 +150,15 @@ def define(
     parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), parts)
     return Op(dispatched, run, meaning, function, traffic)
+
+
+def _launched(native: Callable, run: Callable, name: str, x: Tensor, *args):
+    """The library's CUDA kernel; where its launch is refused, ``run`` on the next backend."""
+    try:
+        return native(*args)
+    except RuntimeError as error:
+        dispatch.hand_over(name, x, error)
+    return run(*args)
 
 
 @dataclass(frozen=True)
@@ -237,7 +249,12 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], d
 
 def by_reference(name: str, x: Tensor) -> bool:
     """Whether the backward of op ``name`` is to be autograd's derivative of the reference."""
-    return torch.is_grad_enabled() or dispatch.choose(name, x).backend == "reference"
+    if torch.is_grad_enabled() or dispatch.choose(name, x).backend == "reference":
+        return True
+    backward = f"{name}_backward"
+    if x.device.type == "cpu" or not hasattr(torch.ops.fusedres, backward):
+        return False
+    return dispatch.choose(backward, x).backend == "reference"
 
 
 def empty_mask(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import dispatch, native, reference, triton_kernels
+from .. import dispatch, elf, native, reference, toolchain, triton_kernels
 from ..ops.convolution import onednn_has
 from .table import render
 
@@ -70,7 +70,23 @@ def _library() -> Iterator[Finding]:
         inside = native.ISA_NAMES if platform.machine() == "x86_64" else native.ISA_NAMES[:1]
         in_use = f"{native.cpu_isa()} in use, of {', '.join(inside)}"
         yield Finding("CPU kernels", in_use, True)
-    yield Finding("GPU kernels", "none", False, "this version's library holds CPU kernels only")
+    yield _gpu_kernels()
+
+
+def _gpu_kernels() -> Finding:
+    """The library's CUDA kernels, by what it says and by what is in the file."""
+    inside = native.cuda_inside()
+    if inside is None:
+        return Finding("GPU kernels", "none", False, "the library holds CPU kernels only")
+    (major, minor), archs = inside
+    value = f"CUDA {major}.{minor}: {' '.join(archs)}"
+    found = elf.cuda_archs(native.library_path())
+    if found != archs:
+        return Finding("GPU kernels", value, False, f"the file holds {' '.join(found) or 'none'}")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if (reason := native.uncovered(index)) is not None:
+            return Finding("GPU kernels", value, False, reason)
+    return Finding("GPU kernels", value, True)
 
 
 def _ops_without_kernel() -> list[str]:
@@ -157,14 +173,10 @@ def _compiler(name: str, wanted: str, path: str | None) -> Finding:
 
 def _nvcc() -> str | None:
     """The nvcc that a build with CUDA kernels takes."""
-    spec = importlib.util.find_spec("nvidia")
-    packages = spec.submodule_search_locations if spec is not None else ()
-    candidates = [os.environ.get("FUSEDRES_NVCC")]
-    candidates += [str(p) for root in packages for p in sorted(Path(root).glob("cu*/bin/nvcc"))]
-    if home := os.environ.get("CUDA_HOME"):
-        candidates.append(str(Path(home) / "bin" / "nvcc"))
-    found = (shutil.which(c) for c in (*candidates, "nvcc") if c)
-    return next((path for path in found if path), None)
+    try:
+        return toolchain.find_nvcc()
+    except ValueError:  # FUSEDRES_NVCC names none
+        return None
 
 
 def _backends() -> Iterator[Finding]:

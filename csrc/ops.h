@@ -1,17 +1,9 @@
 // The operators, as registration.cpp binds them. Schemas and meaning: fusedres/ops/<op>.py.
 #pragma once
 
-#include "host.h"
+#include "view.h"
 
 namespace fusedres {
-
-using Tensors2 = std::tuple<Tensor, Tensor>;
-using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
-using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensors2 bn_stats(Tensor x);
 Tensors4 bn_act(Tensor x, OptTensor weight, OptTensor bias, OptTensor residual, OptTensor mean,

@@ -1,0 +1,185 @@
+// Adds up the parts of a reduction, and turns the sums into coefficients of the apply pass.
+#pragma once
+
+#include "stream.cuh"
+
+namespace fusedres {
+namespace cuda {
+
+struct FinalizeParams {
+  int64_t c, parts;
+  int64_t part_length, run_length, parts_of_run;  // values: parts of a run are equal but the last
+  double count;                                   // values of a channel
+  double eps;
+  const void* part1;   // acc_t [parts, C]
+  const void* part2;   // acc_t [parts, C]
+  const void* given1;  // acc_t [C]: mean and var instead of parts; backward: the saved ones
+  const void* given2;
+  const void* weight;  // acc_t [C] or null
+  void* out1;          // acc_t [C]: mean; backward: dbias
+  void* out2;          // acc_t [C]: var; backward: dweight
+  void* scale;         // acc_t [C]: weight * rstd
+  void* q;             // acc_t [C]: backward
+  void* r;
+};
+
+constexpr int kFinalizeChannels = 32;
+constexpr int kFinalizeLanes = kThreads / kFinalizeChannels;
+
+// The sums over parts of two values, in double: every kFinalizeLanes-th part in a thread, then the
+// threads of a channel in order. add(part, at, &a, &b) adds one part. True in the thread that has
+// the result.
+template <typename Add>
+__device__ __forceinline__ bool sum_parts(const FinalizeParams& f, int64_t channel, double* a,
+                                          double* b, Add add) {
+  FUSEDRES_SHARED(double, first, kThreads);
+  FUSEDRES_SHARED(double, second, kThreads);
+  const int lane = static_cast<int>(threadIdx.x) / kFinalizeChannels;
+  *a = *b = 0;
+  if (channel < f.c) {
+    for (int64_t part = lane; part < f.parts; part += kFinalizeLanes) {
+      add(part, part * f.c + channel, a, b);
+    }
+  }
+  first[threadIdx.x] = *a;
+  second[threadIdx.x] = *b;
+  __syncthreads();
+  if (lane != 0 || channel >= f.c) return false;
+  for (int i = 1; i < kFinalizeLanes; ++i) {
+    *a += first[i * kFinalizeChannels + threadIdx.x];
+    *b += second[i * kFinalizeChannels + threadIdx.x];
+  }
+  return true;
+}
+
+__device__ __forceinline__ int64_t finalize_channel() {
+  return static_cast<int64_t>(blockIdx.x) * kFinalizeChannels + threadIdx.x % kFinalizeChannels;
+}
+
+template <typename S>
+__device__ __forceinline__ S scale_of(const FinalizeParams& f, int64_t channel, S var) {
+  const S weight = f.weight == nullptr ? S(1) : static_cast<const S*>(f.weight)[channel];
+  return weight * bn_rstd(var, f.eps);
+}
+
+template <typename S>
+struct Statistics {
+  S mean, var;
+};
+
+// From sums of deviations from a shift: of the values, and of their squares.
+template <typename S>
+__device__ __forceinline__ Statistics<S> statistics(const FinalizeParams& f, double shift,
+                                                    double off, double square) {
+  const double var = (square - off * off / f.count) / f.count;
+  return {static_cast<S>(shift + off / f.count), static_cast<S>(var < 0 ? 0 : var)};  // keeps NaN
+}
+
+template <typename S>
+struct Gradients {
+  S dweight, dbias, q, r;
+};
+
+// From the sums of u and of u * (x - mean); q and r as in bn_math.h.
+template <typename S>
+__device__ __forceinline__ Gradients<S> gradients_of(const FinalizeParams& f, int64_t channel,
+                                                     double dbias, double sum_ux) {
+  const S var = static_cast<const S*>(f.given2)[channel];
+  const S rstd = bn_rstd(var, f.eps);
+  const S scale = scale_of(f, channel, var);
+  const double dweight = sum_ux * static_cast<double>(rstd);
+  return {static_cast<S>(dweight), static_cast<S>(dbias),
+          bn_backward_q(scale, rstd, dweight, f.count), bn_backward_r(scale, dbias, f.count)};
+}
+
+// Values of a part.
+__device__ __forceinline__ double part_count(const FinalizeParams& f, int64_t part) {
+  const int64_t begin = (part - quotient(part, f.parts_of_run) * f.parts_of_run) * f.part_length;
+  const int64_t left = f.run_length - begin;
+  return static_cast<double>(left < f.part_length ? left : f.part_length);
+}
+
+// Computes: mean and biased variance of each channel from its parts, scale = weight * rstd
+// Reads:    part1 (sums), part2 (squared deviations) [parts, C]
+// Writes:   out1 (mean), out2 (var), scale [C]
+// Traffic:  2*parts*C*sizeof(acc_t) bytes
+// Split:    one block = 32 channels; double sums in a fixed order, around the first part's mean
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    bn_stats_finalize_kernel(const __grid_constant__ FinalizeParams f) {
+  const int64_t channel = finalize_channel();
+  const S* sums = static_cast<const S*>(f.part1);
+  const S* m2s = static_cast<const S*>(f.part2);
+  const double shift = channel < f.c ? static_cast<double>(sums[channel]) / part_count(f, 0) : 0.0;
+  double off = 0;
+  double square = 0;
+  const auto add = [&](int64_t part, int64_t at, double* a, double* b) {
+    const double n = part_count(f, part);
+    const double d = static_cast<double>(sums[at]) / n - shift;
+    *a += n * d;
+    *b += static_cast<double>(m2s[at]) + n * d * d;
+  };
+  if (!sum_parts(f, channel, &off, &square, add)) return;
+  const Statistics<S> found = statistics<S>(f, shift, off, square);
+  static_cast<S*>(f.out1)[channel] = found.mean;
+  static_cast<S*>(f.out2)[channel] = found.var;
+  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, found.var);
+}
+
+// Computes: scale = weight * rstd of given statistics; copies them to out1, out2 if wanted
+// Reads:    given1, given2, weight [C]
+// Writes:   scale, out1, out2 [C]
+// Traffic:  up to 6*C*sizeof(acc_t) bytes
+// Split:    one thread = one channel
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    bn_scale_kernel(const __grid_constant__ FinalizeParams f) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (channel >= f.c) return;
+  const S var = static_cast<const S*>(f.given2)[channel];
+  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, var);
+  if (f.out1 == nullptr) return;
+  static_cast<S*>(f.out1)[channel] = static_cast<const S*>(f.given1)[channel];
+  static_cast<S*>(f.out2)[channel] = var;
+}
+
+// Computes: dbias = sum u, dweight = rstd * sum u * (x - mean), and the coefficients of dx:
+//           scale = weight * rstd, q, r (bn_math.h)
+// Reads:    part1, part2 [parts, C]; given2 (var), weight [C]
+// Writes:   out1 (dbias), out2 (dweight), scale, q, r [C]
+// Traffic:  2*parts*C*sizeof(acc_t) bytes
+// Split:    one block = 32 channels; double sums in a fixed order
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    bn_bwd_finalize_kernel(const __grid_constant__ FinalizeParams f) {
+  const int64_t channel = finalize_channel();
+  double dbias = 0;
+  double sum_ux = 0;
+  const auto add = [&](int64_t, int64_t at, double* a, double* b) {
+    *a += static_cast<double>(static_cast<const S*>(f.part1)[at]);
+    *b += static_cast<double>(static_cast<const S*>(f.part2)[at]);
+  };
+  if (!sum_parts(f, channel, &dbias, &sum_ux, add)) return;
+  const Gradients<S> found = gradients_of<S>(f, channel, dbias, sum_ux);
+  static_cast<S*>(f.out1)[channel] = found.dbias;
+  static_cast<S*>(f.out2)[channel] = found.dweight;
+  static_cast<S*>(f.scale)[channel] =
+      scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
+  static_cast<S*>(f.q)[channel] = found.q;
+  static_cast<S*>(f.r)[channel] = found.r;
+}
+
+using FinalizeKernel = void (*)(FinalizeParams);
+
+inline cudaError_t launch_finalize(FinalizeKernel kernel, const FinalizeParams& f,
+                                   cudaStream_t stream) {
+  return launch(kernel, {cdiv(f.c, kFinalizeChannels)}, stream, f);
+}
+
+template <typename S>
+cudaError_t launch_scale(const FinalizeParams& f, cudaStream_t stream) {
+  return launch(bn_scale_kernel<S>, {cdiv(f.c, kThreads)}, stream, f);
+}
+
+}  // namespace cuda
+}  // namespace fusedres

@@ -1,0 +1,141 @@
+// Launches, and the contract between the CUDA kernels and whoever calls them.
+//
+// csrc/cuda/<op>.cuh holds an op's kernels. It includes no torch header, so that nvcc, and g++ with
+// the host simulator of tests/cuda_on_host/, compile the same text. It offers
+//
+//   struct <Op>Params;                                         forward and backward, raw pointers
+//   int64_t <op>_<forward|backward>_workspace(const <Op>Params&);   bytes; absent if none is needed
+//   cudaError_t launch_<op>_<forward|backward>(const <Op>Params&, cudaStream_t);
+//
+// in namespace fusedres::cuda. The struct is plain data: pointers, int64_t, int, double, bool, Act,
+// Gate, Dtype. An op's forward and backward share it; a pointer that a direction does not use is
+// null. What every op means by it:
+//
+//   dtype          of all activation tensors; acc_t is double for kFloat64, else float
+//   planar         memory order: true NCHW (planes), false NHWC. One of hw == 1 is given as NHWC
+//   n, c, hw       sizes; hw is the product of all dimensions behind the channel
+//   activations    dense, in that order, at any address that their dtype allows
+//   parameters     weight, bias, mean, ..., row_scale: acc_t, contiguous (the caller converts)
+//   mask           uint8 [rows, ceil(cols / 8)] as in fusedres/layout.py; null where there is none
+//   workspace      at least as many bytes as <op>_..._workspace says, 256-byte aligned (as the
+//                  caching allocator's are); the content does not matter before or after
+//   results        every element is written; none may overlap an input
+//   variant        of an op that has several implementations: 0 lets shape and device choose
+//
+// The caller checks arguments, allocates, sets the device, and returns early on empty tensors. A
+// launch allocates nothing and does not synchronise, so it can be captured in a CUDA graph; it
+// returns the first error of its launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../bn_math.h"
+#include "../dtype.h"
+#include "prim.cuh"
+
+namespace fusedres {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGrid = 0x7fffffff;  // CUDA C++ guide, technical specifications: gridDim.x
+
+inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads = kThreads;
+  int64_t shared_bytes = 0;  // dynamic
+  int cluster = 1;
+  bool cooperative = false;
+  int64_t blocks_y = 1;
+};
+
+// Starts kernel(args...). More dynamic shared memory than a block has by default is asked for.
+template <typename... Parameters, typename... Args>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                   Args... args) {
+  if (shape.blocks > kMaxGrid || shape.blocks_y > 65535) return cudaErrorInvalidConfiguration;
+  if (shape.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    ++config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// What the heuristics of the launches need to know of the current device.
+struct Device {
+  int sms = 0;
+  int shared_bytes = 0;  // the most that a block can ask for
+  int major = 0;         // compute capability; clusters exist from 9 on
+  bool cooperative = false;
+};
+
+inline cudaError_t read_device(Device* out) {
+  int device = 0;
+  int cooperative = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto read = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  read(&out->sms, cudaDevAttrMultiProcessorCount);
+  read(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  read(&out->major, cudaDevAttrComputeCapabilityMajor);
+  read(&cooperative, cudaDevAttrCooperativeLaunch);
+  out->cooperative = cooperative != 0;
+  return error;
+}
+
+// Hands out parts of a workspace; of none, to count what is needed.
+class Workspace {
+ public:
+  explicit Workspace(void* at) : at_(static_cast<char*>(at)) {}
+  void* take(int64_t bytes) {
+    void* const part = at_ == nullptr ? nullptr : at_ + used_;
+    used_ += cdiv(bytes, 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* at_;
+  int64_t used_ = 0;
+};
+
+// Calls function<scalar_t>(...) for the scalar type of a Dtype.
+#if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
+#define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
+  ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
+                                   : function<__nv_bfloat16>(__VA_ARGS__))
+#else
+#define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
+  ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \
+   : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \
+   : (dtype) == ::fusedres::kFloat16  ? function<__half>(__VA_ARGS__)        \
+                                      : function<double>(__VA_ARGS__))
+#endif
+
+}  // namespace cuda
+}  // namespace fusedres

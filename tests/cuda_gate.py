@@ -1,0 +1,164 @@
+"""Compiles every CUDA kernel for every GPU generation, without a GPU, and reads the machine code.
+
+    python tests/cuda_gate.py [ARCH ...]
+
+prints a table and fails on what the kernels must not do: spill registers, or, where they stream
+16-bit activations that are aligned, read or write them one by one. Two files compile at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
+
+import build as library  # noqa: E402
+from fusedres import toolchain  # noqa: E402
+from fusedres.report.table import render  # noqa: E402
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Kernels that stream activations, and which of their template arguments says that accesses are of
+# 16 bytes: the others are for addresses and sizes that do not allow it.
+WIDE = {
+    "residual_mix_fwd_kernel": 1,
+    "residual_mix_bwd_kernel": 1,
+    "stream_fwd_apply_kernel": 2,
+    "stream_bwd_reduce_kernel": 2,
+    "stream_bwd_apply_kernel": 2,
+}
+HALF = ("__half", "__nv_bfloat16")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One kernel's machine code for one architecture."""
+
+    kernel: str
+    arguments: tuple[str, ...]  # of the template
+    arch: str
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    counts: Counter
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.counts.values())
+
+    def widths(self, kind: str) -> dict[str, int]:
+        """Global loads ("LDG") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
+        found: Counter = Counter()
+        for name, n in self.counts.items():
+            if name.startswith(kind + "."):
+                width = re.search(r"\.(U8|S8|U16|S16|64|128)\b", name)
+                found[width.group(1) if width else "32"] += n
+        return dict(found)
+
+
+def tool(name: str) -> str:
+    """One of CUDA's binary utilities, which come with Triton too."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compiled(cuda, source: Path, arch: str, folder: Path) -> list[Found]:
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    command = [cuda.nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA"]
+    command += [library.TORCH_TARGET, "-isystem", library.torch_include(), source, "-o", cubin]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed for {source.name} sm_{arch}:\n{done.stderr}")
+    path = f"{Path(tool('cuobjdump')).parent}:{os.environ['PATH']}"
+    read = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)]
+    text = subprocess.run(
+        read, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    ).stdout
+    return list(kernels_in(text, arch))
+
+
+def kernels_in(text: str, arch: str) -> Iterator[Found]:
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    codes = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", text, re.S))
+    names = [name for name, *_ in usage]
+    demangled = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for (name, *numbers), told in zip(usage, demangled, strict=True):
+        function = re.search(r"(\w+)(?:<([^<>]*)>)?\(", told)
+        arguments = tuple(re.sub(r"\(\w+\)", "", function[2] or "").split(", "))
+        lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", codes[name])
+        yield Found(function[1], arguments, arch, *map(int, numbers), Counter(lines))
+
+
+def failures(found: Found) -> Iterator[str]:
+    spills = sum(n for name, n in found.counts.items() if name.startswith(("STL", "LDL")))
+    if found.stack or found.local or spills:
+        yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
+    at = WIDE.get(found.kernel)
+    if at is None or found.arguments[0] not in HALF or found.arguments[at] not in ("true", "1"):
+        return
+    loads, stores = found.widths("LDG"), found.widths("STG")
+    if not loads.get("128"):
+        yield "no load of 16 bytes"
+    for what, widths in (("loads", loads), ("stores", stores)):
+        if narrow := {w: n for w, n in widths.items() if w in ("U16", "S16")}:
+            yield f"{what} of two bytes: {narrow}"
+
+
+def table(results: list[Found]) -> str:
+    columns = "kernel", "for", "sm", "registers", "shared", "instructions", "loads", "stores"
+    rows = []
+    for f in results:
+        told = [
+            " ".join(f"{n}x{width}" for width, n in sorted(f.widths(kind).items()))
+            for kind in ("LDG", "STG")
+        ]
+        rows.append((
+            f.kernel.removesuffix("_kernel"), " ".join(f.arguments), f.arch, str(f.registers),
+            str(f.shared), str(f.instructions), *told,
+        ))  # fmt: skip
+    return render(columns, sorted(rows), numeric=columns[3:6])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("archs", nargs="*", default=toolchain.ALL, metavar="ARCH")
+    os.environ["FUSEDRES_CUDA_ARCHS"] = " ".join(parser.parse_args().archs)
+    cuda, start = library.find_cuda(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(compiled, cuda, source, arch, Path(folder))
+            for arch in cuda.archs
+            for source in SOURCES
+        ]
+        # kernels of a header that several files include are compiled in each: shown once
+        unique = {(f.kernel, f.arguments, f.arch): f for job in jobs for f in job.result()}
+    results = list(unique.values())
+    print(table(results))
+    wrong = [(f, message) for f in results for message in failures(f)]
+    for f, message in wrong:
+        print(f"{f.kernel} <{', '.join(f.arguments)}> sm_{f.arch}: {message}")
+    seconds = time.monotonic() - start
+    print(f"{len(results)} kernels compiled in {seconds:.0f} s, {len(wrong)} failures")
+    missing = WIDE.keys() - {f.kernel for f in results}
+    if missing:
+        print(f"no such kernel any more: {', '.join(sorted(missing))}")
+    return bool(wrong or missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

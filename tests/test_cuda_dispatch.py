@@ -1,0 +1,184 @@
+"""When the library's CUDA kernels run an op, why they do not, and who takes over."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fusedres
+from fusedres import dispatch, elf, native, triton_kernels
+from fusedres.ops import define
+from fusedres.report import doctor
+
+INSIDE = (13, 0), ("80", "90a")
+
+
+def on(device: str = "cuda:0", dtype=torch.bfloat16):
+    """What the choice of a backend looks at, of a tensor that cannot exist here."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU, its driver and the library's kernels, as far as the choice can see."""
+
+    def install(capability=(9, 0), inside=INSIDE, driver=(13, 2), triton="3.7.1", without=()):
+        for module, name in (
+            (native, "uncovered"), (triton_kernels, "missing"), (triton_kernels, "device_reason"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+        monkeypatch.setattr(native, "cuda_inside", lambda: inside)
+        monkeypatch.setattr(native, "driver", lambda: driver)
+        monkeypatch.setattr(native, "has_cuda_kernel", lambda op: op not in without)
+        monkeypatch.setattr(native, "_refusals", {})
+        monkeypatch.setattr(triton_kernels, "version", lambda: triton)
+        monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(dispatch, "_warned", set())
+
+    return install
+
+
+def test_a_covered_gpu_runs_natively(machine, recwarn):
+    machine()
+    for op in ("bn_act", "bn_se_act_backward", "residual_mix", "conv_stats", "conv_bn_act"):
+        assert dispatch.choose(op, on()) == dispatch.Choice("native")
+    assert dispatch.choose("bn_act", on(dtype=torch.float64)).backend == "native"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("found,x,wanted", [
+    (dict(), on("cuda:1"), None),
+    (dict(capability=(8, 9)), on(), None),
+    (dict(driver=None), on(), None),
+    (dict(driver=(13, 0), inside=((13, 2), ("90a",))), on(), None),
+    (dict(inside=None), on(), "the library holds CPU kernels, x is on cuda"),
+    (dict(without=("bn_act",)), on(), "there is no CUDA kernel for bn_act"),
+    (dict(driver=(12, 8)), on(), "driver is made for CUDA 12.8, .* for CUDA 13: update the NVIDIA d"),
+    (dict(capability=(12, 0)), on("cuda:1"), "GPU 1 has compute capability 12.0, the library's"
+     " kernels are for 80 90a: .* FUSEDRES_CUDA_ARCHS=120f pip install --no-build-isolation ."),
+    (dict(capability=(7, 5)), on(), "capability 7.5, .* there are none for it: they need 8.0"),
+    (dict(), on("xpu:0"), "kernels for CPUs and NVIDIA GPUs, x is on xpu"),
+], ids=str)  # fmt: skip
+def test_reasons(found, x, wanted, machine):
+    machine(**found)
+    reason = dispatch.BACKENDS["native"]("bn_act", x)
+    assert reason is None if wanted is None else re.search(wanted, reason)
+
+
+def test_a_gpu_that_is_not_covered_is_one_warning(machine):
+    machine(capability=(12, 0))
+    with pytest.warns(RuntimeWarning) as caught:
+        for op in ("bn_act", "squeeze_excite", "bn_act"):
+            assert dispatch.choose(op, on()).backend == "triton"
+        assert dispatch.choose("bn_act", on(dtype=torch.float64)).backend == "reference"
+    (message,) = {str(w.message) for w in caught}
+    assert len(caught) == 1
+    for part in ("fusedres runs triton", "GPU 0", "80 90a", "FUSEDRES_CUDA_ARCHS=120f pip install"):
+        assert part in message
+
+
+def test_without_triton_either_the_warning_says_both(machine):
+    machine(capability=(7, 5), triton=None)
+    with pytest.warns(
+        RuntimeWarning, match="runs plain PyTorch: native: GPU 0.*Triton is not"
+    ) as w:
+        assert dispatch.choose("bn_act", on()).backend == "reference"
+        assert dispatch.choose("bn_act", on()).backend == "reference"
+    assert len(w) == 1
+
+
+def test_a_library_for_cpus_warns_of_nothing(machine, recwarn):
+    machine(inside=None)
+    assert dispatch.choose("bn_act", on()).backend == "triton"
+    assert not recwarn.list
+
+
+def test_asked_for_by_name_it_is_an_error(machine):
+    machine(capability=(12, 0))
+    with fusedres.backend("native"), pytest.raises(RuntimeError, match="'native' cannot run bn_a"):
+        dispatch.choose("bn_act", on())
+
+
+# --- launches that fail
+
+REFUSED = RuntimeError(f"bn_act: {native.REFUSED}: too many resources requested for launch")
+
+
+def refusing(*args):
+    raise REFUSED
+
+
+def test_the_next_backend_takes_over_from_a_refused_launch(machine):
+    machine()
+    x = on()
+    ran = []
+    with pytest.warns(RuntimeWarning, match="no longer runs bn_act natively on cuda:0: .*too many"):
+        result = define._launched(
+            refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
+        )
+    assert result == "result" and ran == [(x, 1)]
+    choice = dispatch.choose("bn_act", x)
+    assert choice.backend == "triton" and "too many resources" in choice.reason
+    assert dispatch.choose("bn_act", on("cuda:1")).backend == "native"  # another device
+    assert dispatch.choose("bn_stats", x).backend == "native"
+
+
+@pytest.mark.parametrize("why", ["by name", "capturing", "another error", "no way back"])
+def test_an_error_that_nobody_can_take_over(why, machine, monkeypatch):
+    machine(triton=None if why == "no way back" else "3.7.1")
+    error = REFUSED
+    if why == "another error":
+        error = RuntimeError("bn_act: CUDA failed: an illegal memory access was encountered")
+    if why == "capturing":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    op = "bn_act_backward" if why == "no way back" else "bn_act"
+    backend = fusedres.backend("native" if why == "by name" else "auto")
+    with backend, pytest.raises(RuntimeError) as caught:
+        if why == "no way back":
+            with pytest.warns(RuntimeWarning):
+                dispatch.hand_over(op, on(), error)
+        else:
+            dispatch.hand_over(op, on(), error)
+    assert caught.value is error
+    assert ((op, 0) in native._refusals) == (why == "no way back")
+
+
+def test_forward_and_backward_go_to_the_reference_together(machine):
+    machine(triton=None)
+    assert not without_grad("bn_act", on())
+    native.refuse("bn_act_backward", 0, REFUSED)
+    with pytest.warns(RuntimeWarning):
+        assert without_grad("bn_act", on())
+
+
+def without_grad(op, x) -> bool:
+    with torch.no_grad():
+        return define.by_reference(op, x)
+
+
+# --- doctor
+
+
+@pytest.mark.parametrize("in_file,inside,reason", [
+    (("80", "90a"), INSIDE, None),
+    (("80",), INSIDE, "the file holds 80"),
+    ((), INSIDE, "the file holds none"),
+    ((), None, "the library holds CPU kernels only"),
+])  # fmt: skip
+def test_doctor_compares_what_is_said_with_the_file(in_file, inside, reason, machine, monkeypatch):
+    machine(inside=inside)
+    monkeypatch.setattr(elf, "cuda_archs", lambda path: in_file)
+    found = doctor._gpu_kernels()
+    assert (found.available, found.reason) == (reason is None, reason)
+    assert found.value == ("none" if inside is None else "CUDA 13.0: 80 90a")
+
+
+def test_the_library_here_holds_what_it_says():
+    inside = native.cuda_inside()
+    assert elf.cuda_archs(native.library_path()) == (() if inside is None else inside[1])

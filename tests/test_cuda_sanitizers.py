@@ -1,0 +1,95 @@
+"""Every CUDA kernel on tiny tensors under ASan + UBSan and under TSan, in three thread orders.
+
+The calls are recorded as the ops make them, and replayed by a program that the sanitizer is built
+into: each operand is an allocation of its own, and the results must not depend on the order.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import cuda_host
+import test_bn_act as bn
+import test_bn_se_act as bnse
+import test_residual_mix as mix
+import test_squeeze_excite as se
+from cases import misaligned
+from cuda_host import SIMULATOR
+from cuda_ops import cuda_on_host
+from harness import gradients
+
+# Layouts, channels that fill no pack, several tiles or segments, several images. ThreadSanitizer
+# takes some 30 us for every thread that waits, so it gets the smallest only.
+SHAPES = {
+    "asan": [
+        ((3, 16, 3, 5), "NHWC", torch.bfloat16),
+        ((2, 5, 7, 5), "NHWC", torch.float32),
+        ((1, 264, 3, 2), "NHWC", torch.float32),
+        ((3, 3, 4, 8), "NCHW", torch.float32),
+        ((2, 5, 7, 5), "NCHW", torch.bfloat16),
+        ((1, 1, 46, 46), "NCHW", torch.float32),
+    ],
+    "tsan": [((2, 16, 3, 7), "NHWC", torch.float32), ((2, 3, 4, 8), "NCHW", torch.float32)],
+}
+
+
+def run_residual_mix(shape, layout, dtype):
+    for options in (dict(act="relu", rows=True), dict(act="silu", gate=True)):
+        tensors = mix.tensors_of(shape, layout, dtype, **options)
+        gradients(mix.fused(**options), tensors, constants=mix.CONSTANTS)
+
+
+def run_bn_act(shape, layout, dtype):
+    tensors = bn.tensors_of(shape, layout, dtype)
+    gradients(bn.fused("relu"), tensors, constants=bn.CONSTANTS)
+    tensors = bn.tensors_of(shape, layout, dtype, residual=False, training=False)
+    tensors["x"] = misaligned(tensors["x"])[0]
+    gradients(bn.fused("silu"), tensors, constants=bn.CONSTANTS)
+
+
+def run_squeeze_excite(shape, layout, dtype):
+    tensors = se.tensors_of(shape, layout, dtype, squeezed=5)
+    gradients(se.fused(), tensors)
+
+
+def run_bn_se_act(shape, layout, dtype):
+    tensors = bnse.tensors_of(shape, layout, dtype, squeezed=3)
+    gradients(bnse.fused(), tensors, constants=bnse.CONSTANTS)
+
+
+OPS = {
+    "residual_mix": run_residual_mix,
+    "bn_act": run_bn_act,
+    "squeeze_excite": run_squeeze_excite,
+    "bn_se_act": run_bn_se_act,
+}
+HAVE_VARIANTS = (run_bn_act, run_squeeze_excite)
+
+
+def recorded(run: Callable, flavour: str) -> list[bytes]:
+    with cuda_host.record() as recording:
+        for variant in ("streaming", "by_size"):
+            with cuda_on_host(variant=variant):
+                for shape, layout, dtype in SHAPES[flavour]:
+                    if variant == "streaming" or (layout == "NHWC" and run in HAVE_VARIANTS):
+                        run(shape, layout, dtype)
+    return recording.calls
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("op", OPS)
+def test_sanitizers_find_nothing(op, flavour, tmp_path):
+    calls = recorded(OPS[op], flavour)
+    (tmp_path / "calls").write_bytes(b"".join(calls))
+    sources = [SIMULATOR / "replay.cpp", SIMULATOR / "ops" / f"{op}.cpp"]
+    command = cuda_host.program(f"replay.{op}", sources, flavour)
+    environment = {**os.environ, **cuda_host.ENVIRONMENT}
+    done = subprocess.run(
+        [*command, tmp_path / "calls"], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, f"{len(calls)} calls\n"), done.stdout + done.stderr

@@ -1,0 +1,111 @@
+"""The host simulator of CUDA: its own kernels are right in every order, planted bugs are found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+import cuda_host
+from cuda_host import ORDERS, SIMULATOR
+
+RIGHT = ("row_sum", "matmul", "named_barriers", "atomics", "shuffles", "votes", "through_shared",
+         "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring")  # fmt: skip
+
+# A planted bug, the order it is run in, and what the simulator says of it.
+STOPPED = {
+    "barrier_for_some": ("forward", "divergent barrier: thread 32,0,0 of block 0,0,0 has returned, thread 0,0,0 of block 0,0,0 waits at __syncthreads (blocks.cpp:"),
+    "barriers_at_two_lines": ("forward", "divergent barrier: thread 32,0,0 of block 0,0,0 is at __syncthreads (blocks.cpp:"),
+    "barriers_of_two_kinds": ("random", "deadlock: 32 at __syncthreads (blocks.cpp:"),
+    "too_much_shared": ("forward", "stopped: invalid argument"),
+    "shuffle_outside_mask": ("forward", "a shuffle reads lane 20, which is not in its mask 0x0000ffff"),
+    "two_operations": ("forward", "divergent warp: thread 1,0,0 of block 0,0,0 calls __shfl_xor_sync, others __ballot_sync with the same mask"),
+    "lane_has_returned": ("random", "divergent warp: thread 7,0,0 of block 0,0,0 has returned, others wait for it in __shfl_xor_sync"),
+    "grid_sum_not_cooperative": ("forward", "grid.sync in a launch that is not cooperative"),
+    "grid_too_large": ("forward", "stopped: too many blocks in cooperative launch"),
+    "cluster_sum_without_sync": ("forward", "map_shared_rank: block 1 of the cluster has not declared, part is not there: a cluster.sync is missing"),
+    "cluster_sum_without_last_sync": ("forward", "map_shared_rank: block 0 of the cluster has returned, part is not there: a cluster.sync is missing"),
+    "ring_without_empty_wait": ("forward", "mbarrier: more arrivals than expected in one phase"),
+    "ring_without_full_wait": ("forward", "mbarrier: more arrivals than expected in one phase"),
+    "ring_with_wrong_phase": ("forward", "mbarrier: more arrivals than expected in one phase"),
+    "ring_without_arrival": ("forward", "deadlock: 65 at mbarrier_wait"),
+}  # fmt: skip
+# Found by their values: poison, or what another thread has not written yet.
+WRONG = {
+    "row_sum_without_barrier": "forward",
+    "row_sum_one_behind": "forward",
+    "matmul_without_barrier": "forward",
+    "matmul_without_second_barrier": "forward",
+    "grid_sum_without_sync": "forward",
+}
+# Found by AddressSanitizer or UndefinedBehaviorSanitizer, and the file they name.
+OUT_OF_BOUNDS = {
+    "row_sum_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # global memory
+    "matmul_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # dynamic shared memory
+    "static_overrun": ("index 32 out of bounds for type", "blocks.cpp"),
+    "misaligned_vector": ("misaligned address", "blocks.cpp"),
+}
+# Found by ThreadSanitizer, whatever the values were.
+RACES = {
+    "row_sum_without_barrier": "blocks.cpp",
+    "matmul_without_barrier": "blocks.cpp",
+    "matmul_without_second_barrier": "blocks.cpp",
+    "race_without_atomics": "blocks.cpp",
+    "race_of_blocks": "blocks.cpp",
+    "shuffle_as_barrier": "warps.cpp",
+    "grid_sum_without_sync": "grids.cpp",
+}
+
+
+def selftest(flavour: str, case: str, order: str) -> tuple[int, str]:
+    """Exit status and output."""
+    command = cuda_host.program("selftest", sorted((SIMULATOR / "selftest").glob("*.cpp")), flavour)
+    environment = {**os.environ, **cuda_host.ENVIRONMENT}
+    done = subprocess.run(
+        [*command, case, order], capture_output=True, text=True, env=environment, timeout=100
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", RIGHT)
+def test_right_kernels(case, order):
+    assert selftest("plain", case, order) == (0, "right\n")
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_the_simulator_stops(case):
+    order, message = STOPPED[case]
+    status, output = selftest("plain", case, order)
+    assert status == 2 and message in output, output
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_values_are_wrong(case):
+    assert selftest("plain", case, WRONG[case]) == (1, "wrong values\n")
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_right_kernels_within_bounds(case):
+    assert selftest("asan", case, "random") == (0, "right\n")
+
+
+@pytest.mark.parametrize("case", OUT_OF_BOUNDS)
+def test_the_address_sanitizer_sees(case):
+    status, output = selftest("asan", case, "forward")
+    kind, file = OUT_OF_BOUNDS[case]
+    assert status == 99 and kind in output and file in output, output
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_right_kernels_without_races(case):
+    assert selftest("tsan", case, "forward") == (0, "right\n")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", RACES)
+def test_the_thread_sanitizer_sees(case, order):
+    status, output = selftest("tsan", case, order)
+    assert status == 66, output
+    assert "ThreadSanitizer: data race" in output and RACES[case] in output, output
