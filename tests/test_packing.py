@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedres
 from cases import randn
 from fusedres.ops import packing
 from harness import same_bits
@@ -106,6 +107,32 @@ def test_a_change_is_seen(change):
             CHANGES[change](block)
         after = check_module(fused, plain, x, graded=False)["y"]
     assert change in ("memory_format",) or not same_bits(before, after)
+
+
+PARTS = {
+    "filter": lambda w: w[5].zero_(),
+    "last_filter": lambda w: w[-1].mul_(2),
+    "input_channel": lambda w: w[:, 11].neg_(),
+    "last_input_channel": lambda w: w[:, -1].zero_(),
+    "tap": lambda w: w[:, :, 2, 1].zero_(),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("channels", [(24, 96), (96, 24)])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_written_through_data_is_seen(part, channels, layout):
+    """Of a weight that is too large to be looked at whole."""
+    layer = fusedres.ConvBNAct2d(*channels, 3).eval()
+    if layout == "NHWC":
+        layer = layer.to(memory_format=torch.channels_last)
+    x = randn((2, channels[0], 5, 5))
+    with torch.no_grad():
+        before = layer(x)
+        PARTS[part](layer.conv.weight.data)
+        after = layer(x)
+        assert not same_bits(before, after)
+        assert same_bits(after, copy.deepcopy(layer)(x))
 
 
 def test_alternating_training_and_inference():

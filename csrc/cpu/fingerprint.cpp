@@ -7,8 +7,7 @@
 namespace fusedres {
 namespace {
 
-constexpr int64_t kWholeBytes = 16384;  // a tensor up to this size is hashed whole
-constexpr int64_t kSamples = 64;        // words taken of a larger one: a cache miss each
+constexpr int64_t kWholeBytes = 16384;  // a weight up to this size is hashed whole
 
 uint64_t mix(uint64_t hash, uint64_t word) {
   hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;  // 2^64 over the golden ratio (Knuth 6.4)
@@ -21,27 +20,45 @@ uint64_t word_at(const char* p, int64_t bytes) {
   return word;
 }
 
-uint64_t add_tensor(uint64_t hash, const Tensor& t) {
-  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
+
+uint64_t add_whole(uint64_t hash, const Tensor& t) {
+  const int64_t bytes = bytes_of(t);
   const char* data = static_cast<const char*>(t.const_data_ptr());
-  const int64_t step = bytes <= kWholeBytes ? 8 : bytes / kSamples / 8 * 8;
   hash = mix(hash, static_cast<uint64_t>(bytes));
-  for (int64_t i = 0; i < bytes; i += step) hash = mix(hash, word_at(data + i, bytes - i));
+  for (int64_t i = 0; i < bytes; i += 8) hash = mix(hash, word_at(data + i, bytes - i));
+  return hash;
+}
+
+// One element of every filter, of every input channel and of every tap: along the diagonal.
+uint64_t add_weight(uint64_t hash, const Tensor& t) {
+  if (bytes_of(t) <= kWholeBytes) return add_whole(hash, t);
+  const int64_t element = static_cast<int64_t>(t.element_size());
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const int64_t filters = t.size(0), channels = t.size(1), rows = t.size(2), cols = t.size(3);
+  const int64_t samples = std::max({filters, channels, rows * cols});
+  hash = mix(hash, static_cast<uint64_t>(samples));
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t at = i % filters * t.stride(0) + i % channels * t.stride(1) +
+                       i / cols % rows * t.stride(2) + i % cols * t.stride(3);
+    hash = mix(hash, word_at(data + at * element, element));
+  }
   return hash;
 }
 
 }  // namespace
 
-// Computes: a hash of up to 16 KiB of each dense tensor, of 64 words of a larger one
-// Reads:    at most 64 cache lines of the weight, the [C] parameters whole
+// Computes: a hash of one element of every filter, input channel and tap of the weight (of all
+//           of a weight up to 16 KiB), and of the [C] parameters
+// Reads:    at most max(filters, input channels, taps) cache lines of the weight
 // Writes:   nothing
-// Traffic:  about 4 KiB + 16*C bytes, a few microseconds
+// Traffic:  64*max(O, I) + 16*C bytes, microseconds
 // Split:    one thread
 int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
                     Tensor mean, Tensor var) {
-  uint64_t hash = add_tensor(add_tensor(add_tensor(0, weight), mean), var);
+  uint64_t hash = add_whole(add_whole(add_weight(0, weight), mean), var);
   for (const OptTensor* t : {&bias, &bn_weight, &bn_bias}) {
-    hash = t->has_value() ? add_tensor(hash, **t) : mix(hash, 0);
+    hash = t->has_value() ? add_whole(hash, **t) : mix(hash, 0);
   }
   return static_cast<int64_t>(hash);
 }

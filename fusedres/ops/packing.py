@@ -3,7 +3,8 @@
 An entry belongs to one weight tensor and lives as long as it does. It is used only while every
 tensor it was made from is the same object at the same version with the same fingerprint: a
 training step, ``load_state_dict`` or any in-place write makes a new one. Writes through ``.data``
-bypass autograd's version counter; the fingerprint catches those that touch a whole tensor.
+bypass autograd's version counter; the fingerprint catches those that touch a whole filter, input
+channel or tap.
 """
 
 from __future__ import annotations
