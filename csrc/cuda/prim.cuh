@@ -141,6 +141,30 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 #endif
 }
 
+// --- conversions
+
+// Two values rounded to 16 bits each, the first in the lower half.
+__device__ __forceinline__ uint32_t two_of(float low, float high, __nv_bfloat16) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits)
+                                             << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
+__device__ __forceinline__ uint32_t two_of(float low, float high, __half) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
 // --- tensor cores: d += a [16, 16] * b [16, 8], fragments as in PTX ISA 9.7.14.5.8
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
