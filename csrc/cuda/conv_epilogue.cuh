@@ -37,13 +37,10 @@ struct ConvOut {
   const float *bias, *mean, *var, *weight, *shift;  // of batch norm, after the bias
   double eps;
   Act act;
-  int width;     // access_width of y and residual
+  int width;     // access_width of y and residual, by steps of a group's channels
   float* part1;  // [tiles of pixels, channels]: sums, for tile_moments
   float* part2;  // the same: sums of squared deviations from the tile's mean
 };
-
-// Whether every access can have 16 bytes.
-inline bool is_wide(const ConvOut& out) { return out.width == 16 && out.channels % kPack == 0; }
 
 struct OutTile {
   int64_t part;          // which tile of pixels

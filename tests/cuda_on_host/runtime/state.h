@@ -46,6 +46,14 @@ struct Exchanged {
   int argument = 0, width = 32;
 };
 
+// A copy of a thread's that has not landed.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  size_t bytes, bytes_there;
+  int group;
+};
+
 struct Fiber {
   Context context;
   Block* block = nullptr;
@@ -54,6 +62,8 @@ struct Fiber {
   bool done = false;
   Site waits_at;
   Exchanged lane;
+  std::deque<AsyncCopy> copies;
+  int group = 0;  // that copies belong to now
 };
 
 // A barrier between `waiting.size()` and the next multiple of its threads. Arrivals of two phases
@@ -116,7 +126,7 @@ struct BulkCopy {
   std::unique_ptr<Token> issued;
 };
 
-// Forward lets bulk copies land as late as the program allows, reverse as early, random between.
+// Forward lets copies land as late as the program allows, reverse as early, random between.
 enum class Order { kForward, kReverse, kRandom };
 
 struct State {
@@ -158,6 +168,6 @@ void free_shared(Block* block);
 bool land_a_copy();
 void check_no_one_waits_for(const Fiber& finished);
 // All 32 lanes give a value; the last to come calls finish with them.
-void collect(uint64_t value, const std::function<void(const uint64_t*)>& finish);
+void collect(const char* name, uint64_t value, const std::function<void(const uint64_t*)>& finish);
 
 }  // namespace sim

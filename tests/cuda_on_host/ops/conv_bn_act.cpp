@@ -1,0 +1,5 @@
+#include "../../../csrc/cuda/conv_bn_act.cuh"
+
+#include "entry.h"
+
+SIM_ENTRY(conv_bn_act_forward, ConvBnActParams, 0)
