@@ -11,7 +11,8 @@ import cuda_host
 from cuda_host import ORDERS, SIMULATOR
 
 RIGHT = ("row_sum", "matmul", "named_barriers", "atomics", "shuffles", "votes", "through_shared",
-         "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring")  # fmt: skip
+         "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring", "async_ring",
+         "matrices")  # fmt: skip
 
 # A planted bug, the order it is run in, and what the simulator says of it.
 STOPPED = {
@@ -30,6 +31,7 @@ STOPPED = {
     "ring_without_full_wait": ("forward", "mbarrier: more arrivals than expected in one phase"),
     "ring_with_wrong_phase": ("forward", "mbarrier: more arrivals than expected in one phase"),
     "ring_without_arrival": ("forward", "deadlock: 65 at mbarrier_wait"),
+    "async_ring_misaligned": ("forward", "copy_async: wanted addresses that are multiples of 16"),
 }  # fmt: skip
 # Found by their values: poison, or what another thread has not written yet.
 WRONG = {
@@ -38,6 +40,11 @@ WRONG = {
     "matmul_without_barrier": "forward",
     "matmul_without_second_barrier": "forward",
     "grid_sum_without_sync": "forward",
+    "async_ring_without_wait": "forward",
+    "async_ring_waits_for_one_less": "forward",
+    "async_ring_without_commit": "forward",
+    "async_ring_without_barrier": "forward",
+    "async_ring_overtakes_its_readers": "forward",
 }
 # Found by AddressSanitizer or UndefinedBehaviorSanitizer, and the file they name.
 OUT_OF_BOUNDS = {
@@ -55,6 +62,8 @@ RACES = {
     "race_of_blocks": "blocks.cpp",
     "shuffle_as_barrier": "warps.cpp",
     "grid_sum_without_sync": "grids.cpp",
+    "async_ring_without_barrier": "copies.cpp",
+    "async_ring_overtakes_its_readers": "copies.cpp",
 }
 
 
