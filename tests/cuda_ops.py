@@ -184,7 +184,7 @@ def conv_call(op, x, weight, geometry, /, **members):
         conv_shape(x, weight, geometry), dtype=x.dtype, memory_format=torch.channels_last
     )
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    (n, k, p, q), (c, h, w) = y.shape, x.shape[1:]
+    (k, p, q), (c, h, w) = y.shape[1:], x.shape[1:]
     pairs = dict(stride=stride, pad=padding, dilation=dilation)
     sizes = {f"{name}_{d}": pair[i] for name, pair in pairs.items() for i, d in enumerate("hw")}
     cuda_host.call(
@@ -235,7 +235,7 @@ def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
     ``variant`` is that of ops with several; ``machine`` as for ``cuda_host.machine``.
     """
     global _variant
-    _variant = VARIANTS.index(variant)
+    _variant = (TILES if variant in TILES else VARIANTS).index(variant)
     replaced = mock.patch.multiple(
         triton_kernels,
         has=LAUNCHERS.__contains__,
