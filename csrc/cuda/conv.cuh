@@ -105,7 +105,7 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
 // 1: tiles of 128 pixels by 128 channels, 2: 128 by 64, 3: 64 by 64. None was measured.
 enum class ConvVariant : int { kBySize, k128x128, k128x64, k64x64 };
 constexpr int kConvVariants = 4;
-constexpr int64_t kLeastPixels = 64;  // of a tile
+constexpr int64_t kLeastPixels = SmallTile::kM;
 
 template <typename Tile>
 int64_t conv_blocks(const ConvShape& g) {
@@ -116,8 +116,8 @@ int64_t conv_blocks(const ConvShape& g) {
 inline ConvVariant conv_variant(int asked, const ConvShape& g, const Device& device) {
   if (asked != 0) return static_cast<ConvVariant>(asked);
   const bool many = g.k / g.groups > 64;
-  if (many && conv_blocks<ConvTile<128, 128>>(g) >= device.sms) return ConvVariant::k128x128;
-  const bool enough = conv_blocks<ConvTile<128, 64>>(g) >= device.sms;
+  if (many && conv_blocks<LargeTile>(g) >= device.sms) return ConvVariant::k128x128;
+  const bool enough = conv_blocks<MediumTile>(g) >= device.sms;
   return enough ? ConvVariant::k128x64 : ConvVariant::k64x64;
 }
 

@@ -42,9 +42,6 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 template <typename T>
 cudaError_t conv_bn_act_forward(const ConvBnActParams& p, cudaStream_t stream) {
-  using Large = ConvTile<128, 128>;
-  using Medium = ConvTile<128, 64>;
-  using Small = ConvTile<64, 64>;
   const ConvIn in = conv_in(p);
   ConvOut out = conv_out(p, p.residual);
   out.mean = static_cast<const float*>(p.mean);
@@ -58,15 +55,15 @@ cudaError_t conv_bn_act_forward(const ConvBnActParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (!fits_conv(in.shape)) return cudaErrorNotSupported;
   if (!is_wide(in, out)) {
-    return launch_conv<Small>(conv_bn_act_fwd_kernel<T, Small, false>, in, out, stream);
+    return launch_conv<SmallTile>(conv_bn_act_fwd_kernel<T, SmallTile, false>, in, out, stream);
   }
   switch (conv_variant(p.variant, in.shape, device)) {
     case ConvVariant::k128x128:
-      return launch_conv<Large>(conv_bn_act_fwd_kernel<T, Large, true>, in, out, stream);
+      return launch_conv<LargeTile>(conv_bn_act_fwd_kernel<T, LargeTile, true>, in, out, stream);
     case ConvVariant::k128x64:
-      return launch_conv<Medium>(conv_bn_act_fwd_kernel<T, Medium, true>, in, out, stream);
+      return launch_conv<MediumTile>(conv_bn_act_fwd_kernel<T, MediumTile, true>, in, out, stream);
     default:
-      return launch_conv<Small>(conv_bn_act_fwd_kernel<T, Small, true>, in, out, stream);
+      return launch_conv<SmallTile>(conv_bn_act_fwd_kernel<T, SmallTile, true>, in, out, stream);
   }
 }
 

@@ -30,6 +30,15 @@ struct ConvTile {
   static constexpr int64_t kBytes = kConvStages * kStageElements * 2;
 };
 
+using SmallTile = ConvTile<64, 64>;
+#if defined(FUSEDRES_FEW_DTYPES)  // one tile stands for all
+using LargeTile = SmallTile;
+using MediumTile = SmallTile;
+#else
+using LargeTile = ConvTile<128, 128>;
+using MediumTile = ConvTile<128, 64>;
+#endif
+
 // What a convolution reads. Channels' parameters: fp32, any may be null (mean and var together).
 struct ConvIn {
   ConvShape shape;

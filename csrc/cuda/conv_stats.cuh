@@ -73,11 +73,11 @@ template <typename T, Prologue kPrologue>
 ConvStatsKernel conv_stats_kernel(ConvVariant variant) {
   switch (variant) {
     case ConvVariant::k128x128:
-      return conv_stats_kernel<T, ConvTile<128, 128>, true, kPrologue>();
+      return conv_stats_kernel<T, LargeTile, true, kPrologue>();
     case ConvVariant::k128x64:
-      return conv_stats_kernel<T, ConvTile<128, 64>, true, kPrologue>();
+      return conv_stats_kernel<T, MediumTile, true, kPrologue>();
     default:
-      return conv_stats_kernel<T, ConvTile<64, 64>, true, kPrologue>();
+      return conv_stats_kernel<T, SmallTile, true, kPrologue>();
   }
 }
 
@@ -85,15 +85,14 @@ ConvStatsKernel conv_stats_kernel(ConvVariant variant) {
 template <typename T>
 ConvStatsKernel pick_conv_stats(const ConvStatsParams& p, const ConvIn& in, const ConvOut& out,
                                 const Device& device) {
-  using Small = ConvTile<64, 64>;
   const bool wide = is_wide(in, out);
   const ConvVariant variant = conv_variant(p.variant, in.shape, device);
   if (p.mean == nullptr) {
     return wide ? conv_stats_kernel<T, Prologue::kNone>(variant)
-                : conv_stats_kernel<T, Small, false, Prologue::kNone>();
+                : conv_stats_kernel<T, SmallTile, false, Prologue::kNone>();
   }
-  if (!wide) return conv_stats_kernel<T, Small, false, Prologue::kAny>();
-  return needs_any(p.act) ? conv_stats_kernel<T, Small, true, Prologue::kAny>()
+  if (!wide) return conv_stats_kernel<T, SmallTile, false, Prologue::kAny>();
+  return needs_any(p.act) ? conv_stats_kernel<T, SmallTile, true, Prologue::kAny>()
                           : conv_stats_kernel<T, Prologue::kRelu>(variant);
 }
 
