@@ -114,7 +114,13 @@ __device__ __forceinline__ void store_row(const ConvOut& out, float (&sums)[8], 
 #pragma unroll
   for (int i = 0; i < 8; ++i) sums[i] = half_of<T>(words[i / 2], i % 2);
   exchange_quad(words);
-  if (n > 0) copy_pack<T, kWide>(pack, static_cast<T*>(out.y) + at, out.width, n);
+  if (n <= 0) return;
+  T* const y = static_cast<T*>(out.y) + at;
+  if (kWide) {
+    store_words(y, words);
+  } else {
+    copy_pack<T, false>(pack, y, out.width, n);
+  }
 }
 
 // y = act(scale * acc + shift + residual); acc becomes what was stored, 0 in rows that are not

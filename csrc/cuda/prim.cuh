@@ -198,6 +198,17 @@ __device__ __forceinline__ uint32_t two_of(float low, float high, __half) {
 #endif
 }
 
+// 16 bytes to global memory in one access: of a plain uint4, nvcc 13.0 may make four.
+__device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[4]) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  *static_cast<uint4*>(global) = uint4{words[0], words[1], words[2], words[3]};
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#endif
+}
+
 // --- matrices: PTX ISA 9.7.14.5.15. Lane 8 * i + r has the address of row r of matrix i, eight
 // 16-bit elements; word i of lane 4 * r + t becomes elements 2 * t and 2 * t + 1 of that row.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
