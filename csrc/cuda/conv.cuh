@@ -43,16 +43,15 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
   FUSEDRES_SHARED(Scales, scales, 1);
   FUSEDRES_SHARED(Moments, moments, 1);
   const ConvShape& g = in.shape;
-  const int64_t group_channels = g.k / g.groups;
-  const int64_t tiles = (group_channels + Tile::kN - 1) / Tile::kN;
-  const int64_t block = quotient(blockIdx.x, tiles);
-  const int64_t part = quotient(block, g.groups);
+  const unsigned tiles = static_cast<unsigned>(g.columns + Tile::kN - 1) / Tile::kN;
+  const unsigned block = blockIdx.x / tiles;
+  const int64_t part = block / static_cast<unsigned>(g.groups);
   const int64_t group = block - part * g.groups;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   OutTile tile{};
   tile.part = part;
-  tile.channel = group * group_channels + (blockIdx.x - block * tiles) * Tile::kN;
-  tile.end = (group + 1) * group_channels;
+  tile.channel = group * g.columns + (blockIdx.x - block * tiles) * Tile::kN;
+  tile.end = (group + 1) * g.columns;
   tile.column = warp % 2 * Tile::kWarpN;
   tile.row_warp = warp / 2;
 
@@ -63,7 +62,7 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
     norm_table(in, group, norms);
     __syncthreads();
   }
-  const int steps = static_cast<int>((g.depth() + kConvStep - 1) / kConvStep);
+  const int steps = (g.depth + kConvStep - 1) / kConvStep;
   const auto copy = [&](int step) {
     const int slot = step % kConvStages;
     T* const stage = ring + slot * Tile::kStageElements;
@@ -71,7 +70,7 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
     if (step < steps) weights.copy(stage + Tile::kM * kConvStep);
     copy_async_commit();
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kConvStages - 1; ++i) copy(i);
   coefficients(out, tile, static_cast<int>(threadIdx.x), Tile::kThreads, &scales[0]);
 
@@ -88,7 +87,7 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
   }
   if (steps == 0) __syncthreads();  // the coefficients
   const int64_t first = part * Tile::kM + tile.row_warp * Tile::kWarpM + threadIdx.x % 32 / 4;
-  const int64_t rows = g.rows();
+  const int64_t rows = g.rows;
   const auto row_of = [first, rows](int s, int h) -> int64_t {
     const int64_t row = first + 16 * s + 8 * h;
     return row < rows ? row : -1;
@@ -109,13 +108,13 @@ constexpr int64_t kLeastPixels = SmallTile::kM;
 
 template <typename Tile>
 int64_t conv_blocks(const ConvShape& g) {
-  return cdiv(g.rows(), Tile::kM) * g.groups * cdiv(g.k / g.groups, Tile::kN);
+  return cdiv(g.rows, Tile::kM) * g.groups * cdiv(g.columns, Tile::kN);
 }
 
 // The largest tile that the channels fill, and of which every multiprocessor has one.
 inline ConvVariant conv_variant(int asked, const ConvShape& g, const Device& device) {
   if (asked != 0) return static_cast<ConvVariant>(asked);
-  const bool many = g.k / g.groups > 64;
+  const bool many = g.columns > 64;
   if (many && conv_blocks<LargeTile>(g) >= device.sms) return ConvVariant::k128x128;
   const bool enough = conv_blocks<MediumTile>(g) >= device.sms;
   return enough ? ConvVariant::k128x64 : ConvVariant::k64x64;
@@ -123,18 +122,8 @@ inline ConvVariant conv_variant(int asked, const ConvShape& g, const Device& dev
 
 // Whether all rows of a group, of operands and result, are whole packs at multiples of 16 bytes.
 inline bool is_wide(const ConvIn& in, const ConvOut& out) {
-  const int64_t c = in.shape.c / in.shape.groups;
-  const int64_t k = in.shape.k / in.shape.groups;
-  return out.width == 16 && c % kPack == 0 && k % kPack == 0 &&
+  return out.width == 16 && in.shape.channels % kPack == 0 && in.shape.columns % kPack == 0 &&
          access_width(16, in.x, in.weight) == 16;
-}
-
-// What the kernels count in 32 bits.
-inline bool fits_conv(const ConvShape& g) {
-  constexpr int64_t kMost = int64_t{1} << 29;
-  const int64_t reach_h = g.h + g.pad_h + g.dilation_h * g.kh;
-  const int64_t reach_w = g.w + g.pad_w + g.dilation_w * g.kw;
-  return reach_h < kMost && reach_w < kMost && g.depth() < kMost;
 }
 
 // What the params of both ops say of the result.
@@ -165,7 +154,7 @@ cudaError_t launch_conv(ConvKernel kernel, const ConvIn& in, const ConvOut& out,
                         cudaStream_t stream) {
   LaunchShape shape{conv_blocks<Tile>(in.shape), Tile::kThreads};
   shape.shared_bytes = Tile::kBytes;
-  if (in.bn_mean != nullptr) shape.shared_bytes += in.shape.c / in.shape.groups * 8;
+  if (in.bn_mean != nullptr) shape.shared_bytes += in.shape.channels * 8;
   return launch(kernel, shape, stream, in, out);
 }
 

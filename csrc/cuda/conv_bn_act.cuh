@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 template <typename T>
 cudaError_t conv_bn_act_forward(const ConvBnActParams& p, cudaStream_t stream) {
+  if (!fits_conv(p)) return cudaErrorNotSupported;
   const ConvIn in = conv_in(p);
   ConvOut out = conv_out(p, p.residual);
   out.mean = static_cast<const float*>(p.mean);
@@ -53,7 +54,6 @@ cudaError_t conv_bn_act_forward(const ConvBnActParams& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
-  if (!fits_conv(in.shape)) return cudaErrorNotSupported;
   if (!is_wide(in, out)) {
     return launch_conv<SmallTile>(conv_bn_act_fwd_kernel<T, SmallTile, false>, in, out, stream);
   }

@@ -57,7 +57,7 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
 
 // Scale and shift of the norm before the convolution, of a group's channels.
 __device__ __forceinline__ void norm_table(const ConvIn& in, int64_t group, float* table) {
-  const int channels = static_cast<int>(in.shape.c / in.shape.groups);
+  const int channels = in.shape.channels;
   for (int i = static_cast<int>(threadIdx.x); i < channels; i += blockDim.x) {
     const int64_t c = group * channels + i;
     const float weight = in.bn_weight == nullptr ? 1.0f : in.bn_weight[c];
@@ -77,7 +77,7 @@ struct PixelLoader {
   const T* x;
   Act act;
   const float* table;
-  int channels, row, chunk;
+  int row, chunk;
   Corner corners[kRows];
   Tap tap, shown;  // of the next step to copy, and to transform
   unsigned seen = 0;
@@ -85,21 +85,20 @@ struct PixelLoader {
   __device__ __forceinline__ PixelLoader(const ConvIn& in, int64_t first, int64_t group,
                                          const float* norms)
       : g(in.shape),
-        x(static_cast<const T*>(in.x) + group * (g.c / g.groups)),
+        x(static_cast<const T*>(in.x) + group * g.channels),
         act(in.act),
         table(norms),
-        channels(static_cast<int>(g.c / g.groups)),
         row(static_cast<int>(threadIdx.x) / kConvChunks),
         chunk(static_cast<int>(threadIdx.x) % kConvChunks),
         tap{0, 0, 0} {
-    if (channels > 0) tap.advance(g, chunk * kPack);
+    if (g.channels > 0) tap.advance(g, chunk * kPack);
     shown = tap;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) corners[i] = corner_of(g, first + row + i * Tile::kBetween);
   }
 
   __device__ __forceinline__ float transformed(float v, int c) const {
-    return activate<kPrologue == Prologue::kAny>(act, v * table[c] + table[channels + c]);
+    return activate<kPrologue == Prologue::kAny>(act, v * table[c] + table[g.channels + c]);
   }
 
   // One by one, and transformed at once.
@@ -147,7 +146,7 @@ struct PixelLoader {
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       scale[i] = any ? table[shown.c + i] : 0.0f;
-      shift[i] = any ? table[channels + shown.c + i] : 0.0f;
+      shift[i] = any ? table[g.channels + shown.c + i] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -172,13 +171,12 @@ struct PixelLoader {
 template <typename T, typename Tile, bool kWide>
 struct WeightLoader {
   const T* weight;  // of the tile's first channel
-  int64_t depth, at;
-  int row, chunk, columns;
+  int depth, at, row, chunk, columns;
 
   __device__ __forceinline__ WeightLoader(const ConvIn& in, const OutTile& tile)
-      : weight(static_cast<const T*>(in.weight) + tile.channel * in.shape.depth()),
-        depth(in.shape.depth()),
-        at(threadIdx.x % kConvChunks * kPack),
+      : weight(static_cast<const T*>(in.weight) + tile.channel * in.shape.depth),
+        depth(in.shape.depth),
+        at(static_cast<int>(threadIdx.x) % kConvChunks * kPack),
         row(static_cast<int>(threadIdx.x) / kConvChunks),
         chunk(static_cast<int>(threadIdx.x) % kConvChunks),
         columns(static_cast<int>(tile.end - tile.channel < Tile::kN ? tile.end - tile.channel
@@ -189,7 +187,7 @@ struct WeightLoader {
     for (int i = 0; i < Tile::kN / Tile::kBetween; ++i) {
       const int column = row + i * Tile::kBetween;
       T* const to = stage + chunk_at(column, chunk);
-      const T* const from = weight + column * depth + at;
+      const T* const from = weight + static_cast<int64_t>(column) * depth + at;
       if constexpr (kWide) {
         const bool there = column < columns && at < depth;
         copy_async(to, there ? from : weight, there);

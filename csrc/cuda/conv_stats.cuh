@@ -115,6 +115,7 @@ inline FinalizeParams finalize_params(const ConvStatsParams& p, const ConvStatsS
 template <typename T>
 cudaError_t conv_stats_forward(const ConvStatsParams& p, cudaStream_t stream) {
   const ConvStatsScratch scratch(p);
+  if (!fits_conv(p)) return cudaErrorNotSupported;
   ConvIn in = conv_in(p);
   in.bn_mean = static_cast<const float*>(p.mean);
   in.bn_var = static_cast<const float*>(p.var);
@@ -131,7 +132,6 @@ cudaError_t conv_stats_forward(const ConvStatsParams& p, cudaStream_t stream) {
   Device device;
   cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
-  if (!fits_conv(in.shape)) return cudaErrorNotSupported;
   const ConvStatsKernel picked = pick_conv_stats<T>(p, in, out, device);
   error = picked.launch(picked.kernel, in, out, stream);
   if (error != cudaSuccess || p.y_mean == nullptr) return error;
