@@ -35,7 +35,7 @@ struct ConvBnActParams {
 // Split:    one block = one tile of pixels and of a group's channels; products of 16 bits on the
 //           tensor cores, fp32 sums, one rounding at the store
 template <typename T, typename Tile, bool kWide>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_bn_act_fwd_kernel(const __grid_constant__ ConvIn in, const __grid_constant__ ConvOut out) {
   convolve<T, Tile, kWide, Prologue::kNone, true, false>(in, out);
 }

@@ -25,6 +25,8 @@ struct ConvTile {
   static constexpr int kWarpM = kM / 2, kWarpN = kN / 2;
   static constexpr int kSlabs = kWarpM / 16, kFragments = kWarpN / 8;
   static constexpr int kThreads = 128;
+  // Of a multiprocessor: without the bound ptxas spills for more of them (sm_90a, CUDA 13.0).
+  static constexpr int kBlocks = kM * kN > 128 * 64 ? 2 : kM * kN > 64 * 64 ? 3 : 4;
   static constexpr int kBetween = kThreads / kConvChunks;  // rows between those of a thread
   static constexpr int kStageElements = (kM + kN) * kConvStep;
   static constexpr int64_t kBytes = kConvStages * kStageElements * 2;

@@ -39,7 +39,7 @@ struct ConvStatsParams {
 // Split:    one block = one tile of pixels and of a group's channels; fp32 sums, rounded to y's
 //           dtype; the moments are of the rounded values
 template <typename T, typename Tile, bool kWide, Prologue kPrologue>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_stats_fwd_kernel(const __grid_constant__ ConvIn in, const __grid_constant__ ConvOut out) {
   convolve<T, Tile, kWide, kPrologue, false, true>(in, out);
 }
