@@ -27,10 +27,11 @@ COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act"}
 def _native_can_run(op: str, x: Tensor) -> str | None:
     kind = x.device.type
     if kind == "cuda":
-        by_name = forced_backend() == "native"
-        if op in COMPOSED and not by_name and _triton_can_run(op, x) is None:
+        reason = native.cuda_reason(COMPOSED.get(op, op), x.device.index)
+        by_rule = reason is None and op in COMPOSED and forced_backend() != "native"
+        if by_rule and _triton_can_run(op, x) is None:
             return "Triton's timer measures who convolves"
-        return native.cuda_reason(COMPOSED.get(op, op), x.device.index)
+        return reason
     if kind != "cpu":
         return f"the library holds kernels for CPUs and NVIDIA GPUs, x is on {kind}"
     return native.load_error()
