@@ -12,7 +12,8 @@ from cuda_host import ORDERS, SIMULATOR
 
 RIGHT = ("row_sum", "matmul", "named_barriers", "atomics", "shuffles", "votes", "through_shared",
          "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring", "async_ring",
-         "matrices")  # fmt: skip
+         "matrices", "wgmma_bfloat16", "wgmma_float16", "wgmma_256", "im2col_3x3",
+         "im2col_strided")  # fmt: skip
 
 # A planted bug, the order it is run in, and what the simulator says of it.
 STOPPED = {
@@ -32,6 +33,14 @@ STOPPED = {
     "ring_with_wrong_phase": ("forward", "mbarrier: more arrivals than expected in one phase"),
     "ring_without_arrival": ("forward", "deadlock: 65 at mbarrier_wait"),
     "async_ring_misaligned": ("forward", "copy_async: wanted addresses that are multiples of 16"),
+    "wgmma_without_full_wait": ("forward", "a copy overwrites shared memory that a wgmma still reads"),
+    "wgmma_early_release": ("forward", "a copy overwrites shared memory that a wgmma still reads"),
+    "wgmma_without_fence": ("random", "has not called wgmma_fence in this group"),
+    "wgmma_writes_in_flight": ("forward", "wgmma: thread 0,0,0 of block 0,0,0 wrote to an accumulator in use"),
+    "wgmma_wrong_stride": ("forward", "wgmma reads shared memory that a copy has yet to fill"),
+    "wgmma_thread_missing": ("random", "some threads of the warpgroup did not start a product"),
+    "copy_beyond_shared": ("forward", "a copy: bytes 32768 to 40960 are in no array of the block's shared memory"),
+    "misaligned_map": ("forward", "stopped: invalid argument"),
 }  # fmt: skip
 # Found by their values: poison, or what another thread has not written yet.
 WRONG = {
@@ -45,6 +54,9 @@ WRONG = {
     "async_ring_without_commit": "forward",
     "async_ring_without_barrier": "forward",
     "async_ring_overtakes_its_readers": "forward",
+    "wgmma_without_wait": "forward",
+    "wgmma_without_operand_step": "forward",
+    "im2col_without_wait": "forward",
 }
 # Found by AddressSanitizer or UndefinedBehaviorSanitizer, and the file they name.
 OUT_OF_BOUNDS = {
@@ -52,6 +64,7 @@ OUT_OF_BOUNDS = {
     "matmul_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # dynamic shared memory
     "static_overrun": ("index 32 out of bounds for type", "blocks.cpp"),
     "misaligned_vector": ("misaligned address", "blocks.cpp"),
+    "copy_beyond_tensor": ("heap-buffer-overflow", "tensor_maps.cpp"),
 }
 # Found by ThreadSanitizer, whatever the values were.
 RACES = {
@@ -64,6 +77,7 @@ RACES = {
     "grid_sum_without_sync": "grids.cpp",
     "async_ring_without_barrier": "copies.cpp",
     "async_ring_overtakes_its_readers": "copies.cpp",
+    "im2col_without_wait": "hopper.cpp",
 }
 
 
