@@ -70,7 +70,15 @@ def cases_of(options: Iterable[str]) -> pytest.MarkDecorator:
 
 
 VARIANTS = ("by_size", "streaming", "whole")  # "whole": the op's one-launch form
-TILES = ("by_size", "128x128", "128x64", "64x64")  # variants of the convolutions
+TILES = (
+    "by_size",
+    "128x128",
+    "128x64",
+    "64x64",
+    "sm90_64",
+    "sm90_128",
+    "sm90_256",
+)  # variants of the convolutions
 _variant = 0
 
 

@@ -101,9 +101,9 @@ __device__ __forceinline__ void convolve(const ConvIn& in, const ConvOut& out) {
 
 // --- launches
 
-// 1: tiles of 128 pixels by 128 channels, 2: 128 by 64, 3: 64 by 64. None was measured.
-enum class ConvVariant : int { kBySize, k128x128, k128x64, k64x64 };
-constexpr int kConvVariants = 4;
+// Tiles of pixels by channels; of conv_sm90.cuh, 128 pixels by so many channels. None was measured.
+enum class ConvVariant : int { kBySize, k128x128, k128x64, k64x64, kSm90x64, kSm90x128, kSm90x256 };
+constexpr int kConvVariants = 7;
 constexpr int64_t kLeastPixels = SmallTile::kM;
 
 template <typename Tile>

@@ -2,7 +2,7 @@
 // The contract of the params and launches: launch.cuh.
 #pragma once
 
-#include "conv.cuh"
+#include "conv_sm90.cuh"
 
 namespace fusedres {
 namespace cuda {
@@ -54,6 +54,9 @@ cudaError_t conv_bn_act_forward(const ConvBnActParams& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
+  if (const int columns = conv_sm90_columns(p.variant, in, out, device)) {
+    return launch_conv_sm90<T>(in, out, device, p.dtype, columns, stream);
+  }
   if (!is_wide(in, out)) {
     return launch_conv<SmallTile>(conv_bn_act_fwd_kernel<T, SmallTile, false>, in, out, stream);
   }

@@ -191,6 +191,15 @@ __global__ void __launch_bounds__(kConvThreads, 1)
 #endif
 }
 
+// --- launches
+
+// Whether this library has the kernels: one for sm_90 without the a runs on the same GPUs.
+#if defined(FUSEDRES_CUDA_ON_HOST) || defined(FUSEDRES_SM90A)
+constexpr bool kHasConvSm90 = true;
+#else
+constexpr bool kHasConvSm90 = false;
+#endif
+
 inline Window window_of(const ConvShape& g) {
   const auto two = [](int64_t h, int64_t w, int (&out)[2]) {
     out[0] = static_cast<int>(h);
@@ -212,7 +221,7 @@ inline bool is_matrix(const ConvShape& g) {
 // Why conv_sm90_kernel cannot do this, or null.
 inline const char* why_not_conv_sm90(const ConvIn& in, const ConvOut& out, const Device& device) {
   const ConvShape& g = in.shape;
-  if (device.major != 9) return "wgmma is sm_90a's";
+  if (!kHasConvSm90 || device.major != 9) return "wgmma is sm_90a's";
   if (g.groups != 1) return "the tensor maps are of all channels";
   if (in.bn_mean != nullptr) return "wgmma reads x as it is in memory";
   if (!is_wide(in, out)) return "the copy engine wants rows and addresses of 16 bytes";
@@ -220,18 +229,24 @@ inline const char* why_not_conv_sm90(const ConvIn& in, const ConvOut& out, const
   return is_matrix(g) ? nullptr : why_no_im2col(window_of(g));
 }
 
-// The widest tile that the channels fill and of which every multiprocessor has one. Activations
-// other than relu are rare: they have one tile. Not measured.
-inline int conv_sm90_columns(const ConvIn& in, const ConvOut& out, const Device& device) {
+// The columns of conv_sm90_kernel's tiles, or 0 for another kernel. Unless it was asked for it runs
+// where x has 64 channels, a whole box. The widest tile that the channels fill and of which every
+// multiprocessor has one; activations other than relu are rare: they have one tile. Not measured.
+inline int conv_sm90_columns(int asked, const ConvIn& in, const ConvOut& out,
+                             const Device& device) {
+  const ConvShape& g = in.shape;
+  const int first = static_cast<int>(ConvVariant::kSm90x64);
+  if (asked >= first) return 64 << (asked - first);
+  if (asked != 0 || g.c < kBoxChannels || why_not_conv_sm90(in, out, device) != nullptr) return 0;
   if (needs_any(out.act)) return 128;
-  const int64_t parts = cdiv(in.shape.rows(), kConvRows);
-  if (in.shape.k > 128 && parts * cdiv(in.shape.k, 256) >= device.sms) return 256;
-  return in.shape.k > 64 && parts * cdiv(in.shape.k, 128) >= device.sms ? 128 : 64;
+  const int64_t parts = cdiv(g.rows(), kConvRows);
+  if (g.k > 128 && parts * cdiv(g.k, 256) >= device.sms) return 256;
+  return g.k > 64 && parts * cdiv(g.k, 128) >= device.sms ? 128 : 64;
 }
 
 template <typename T, int kColumns, bool kAny>
-cudaError_t launch_conv_sm90(const ConvIn& in, const ConvOut& out, const Device& device,
-                             Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_conv_sm90_tile(const ConvIn& in, const ConvOut& out, const Device& device,
+                                  Dtype dtype, cudaStream_t stream) {
   const ConvShape& g = in.shape;
   ConvSm90 a{};
   a.out = out;
@@ -256,16 +271,31 @@ cudaError_t launch_conv_sm90(const ConvIn& in, const ConvOut& out, const Device&
   return launch(conv_sm90_kernel<T, kColumns, kAny>, shape, stream, x_map, weight_map, a);
 }
 
-// Runs a convolution that why_not_conv_sm90 takes. `out` as for the other kernels; part1 and part2
-// have a row for each kConvRows pixels. columns: 64, 128 or 256, as conv_sm90_columns says.
+// Runs a convolution in tiles of `columns` columns: 64, 128 or 256, as conv_sm90_columns says. `in`
+// and `out` as for the other kernels; part1 and part2 have a row for each kConvRows pixels.
 template <typename T>
 cudaError_t launch_conv_sm90(const ConvIn& in, const ConvOut& out, const Device& device,
                              Dtype dtype, int columns, cudaStream_t stream) {
-  if (needs_any(out.act)) return launch_conv_sm90<T, 128, true>(in, out, device, dtype, stream);
-  if (columns == 64) return launch_conv_sm90<T, 64, false>(in, out, device, dtype, stream);
-  if (columns == 128) return launch_conv_sm90<T, 128, false>(in, out, device, dtype, stream);
-  return launch_conv_sm90<T, 256, false>(in, out, device, dtype, stream);
+  if (why_not_conv_sm90(in, out, device) != nullptr) return cudaErrorNotSupported;
+#if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: one tile stands for all
+  (void)columns;
+  const auto run = launch_conv_sm90_tile<T, 64, true>;
+#else
+  const bool any = needs_any(out.act);
+  const auto run = any              ? launch_conv_sm90_tile<T, 128, true>
+                   : columns == 64  ? launch_conv_sm90_tile<T, 64, false>
+                   : columns == 128 ? launch_conv_sm90_tile<T, 128, false>
+                                    : launch_conv_sm90_tile<T, 256, false>;
+#endif
+  return run(in, out, device, dtype, stream);
 }
+
+// Compiled once, in conv_sm90.cu.
+extern template cudaError_t launch_conv_sm90<__nv_bfloat16>(const ConvIn&, const ConvOut&,
+                                                            const Device&, Dtype, int,
+                                                            cudaStream_t);
+extern template cudaError_t launch_conv_sm90<__half>(const ConvIn&, const ConvOut&, const Device&,
+                                                     Dtype, int, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace fusedres

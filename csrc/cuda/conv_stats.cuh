@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bn_finalize.cuh"
-#include "conv.cuh"
+#include "conv_sm90.cuh"
 
 namespace fusedres {
 namespace cuda {
@@ -132,10 +132,16 @@ cudaError_t conv_stats_forward(const ConvStatsParams& p, cudaStream_t stream) {
   Device device;
   cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
-  const ConvStatsKernel picked = pick_conv_stats<T>(p, in, out, device);
-  error = picked.launch(picked.kernel, in, out, stream);
+  int64_t pixels = kConvRows;
+  if (const int columns = conv_sm90_columns(p.variant, in, out, device)) {
+    error = launch_conv_sm90<T>(in, out, device, p.dtype, columns, stream);
+  } else {
+    const ConvStatsKernel picked = pick_conv_stats<T>(p, in, out, device);
+    error = picked.launch(picked.kernel, in, out, stream);
+    pixels = picked.pixels;
+  }
   if (error != cudaSuccess || p.y_mean == nullptr) return error;
-  const FinalizeParams f = finalize_params(p, scratch, picked.pixels);
+  const FinalizeParams f = finalize_params(p, scratch, pixels);
   return launch_finalize(bn_stats_finalize_kernel<float>, f, stream);
 }
 

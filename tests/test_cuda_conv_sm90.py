@@ -1,0 +1,168 @@
+"""The convolution kernels of sm_90a (tensor copies, wgmma), on the host simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cuda_host
+import cuda_ops
+import test_conv_bn_act as inference
+import test_conv_stats as training
+from accuracy import assert_as_accurate_as_eager
+from cases import Conv, misaligned, values_per_channel
+from cuda_host import ORDERS, CudaError
+from cuda_ops import cuda_on_host
+from fusedres import reference
+from harness import Unchanged, double, same_bits
+from test_cuda_sanitizers import replay
+
+KERNEL = "conv_sm90_kernel"
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+# The columns of a tile; tiles have 128 pixels, steps 64 channels. What each case has that others
+# have not: steps that channels do not fill, tiles that span images, more tiles than SMs (4) ...
+CASES = {
+    "1x1": (64, Conv((2, 72, 9, 7), (40, 72, 1, 1), padding=(0, 0), bias=True)),
+    "1x1_many_tiles": (64, Conv((1, 8, 40, 16), (136, 8, 1, 1), padding=(0, 0))),
+    "1x1_stride": (128, Conv((3, 16, 9, 8), (24, 16, 1, 1), stride=(2, 2), padding=(0, 0))),
+    "3x3": (64, Conv((2, 64, 9, 10), (64, 64, 3, 3))),
+    "3x3_stride": (128, Conv((2, 24, 11, 8), (136, 24, 3, 3), stride=(2, 2))),
+    "3x3_dilated": (64, Conv((1, 8, 11, 9), (8, 8, 3, 3), padding=(2, 2), dilation=(2, 2))),
+    "3x3_unpadded": (256, Conv((1, 136, 5, 6), (264, 136, 3, 3), padding=(0, 0))),
+    "row": (64, Conv((2, 8, 5, 12), (16, 8, 1, 3), stride=(1, 2), padding=(0, 1))),
+    "column": (64, Conv((2, 8, 12, 5), (16, 8, 4, 2), stride=(3, 1), padding=(3, 1), dilation=(1, 3))),
+    "one_pixel": (128, Conv((5, 64, 1, 1), (72, 64, 3, 3))),
+}  # fmt: skip
+OPTIONS = {"3x3": dict(act="identity"), "1x1_stride": dict(act="silu"), "row": dict(residual=False)}
+
+
+def options_of(case):
+    return dict(act="relu", residual=True) | OPTIONS.get(case, {})
+
+
+def conv_bn_act(conv, act, tensors):
+    names = "x", "weight", "bias", "residual", "bn_weight", "bn_bias", "mean", "var"
+    return cuda_ops.conv_bn_act(*(tensors[n] for n in names), 1e-5, *conv.geometry, act)
+
+
+def check_conv_bn_act(conv, act, tensors):
+    out = conv_bn_act(conv, act, tensors)
+    eager, ref = (inference.run_plain(conv, act, **t) for t in (tensors, double(tensors)))
+    assert_as_accurate_as_eager(out, ref, eager)
+
+
+def conv_stats(conv, tensors):
+    """y, mean and variance, without a norm before the convolution"""
+    no_norm = None, None, None, None, False, 0.0, "identity"
+    operands = tensors["x"], *no_norm, tensors["weight"], tensors["bias"]
+    return cuda_ops.conv_stats(*operands, *conv.geometry, True)
+
+
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_conv_bn_act(case, dtype):
+    columns, conv = CASES[case]
+    options = dict(act="relu", residual=True) | OPTIONS.get(case, {})
+    tensors = inference.tensors_of(conv, dtype, **options)
+    with cuda_on_host(variant=f"sm90_{columns}") as launched:
+        check_conv_bn_act(conv, options["act"], tensors)
+    assert launched == [KERNEL]
+
+
+@dtypes
+@pytest.mark.parametrize("case", ["1x1", "1x1_many_tiles", "3x3_stride", "3x3_unpadded"])
+def test_conv_stats(case, dtype):
+    columns, conv = CASES[case]
+    tensors = training.tensors_of(conv, dtype, bn=None)
+    with cuda_on_host(variant=f"sm90_{columns}") as launched:
+        y, *found = conv_stats(conv, tensors)
+    assert launched == [KERNEL, "bn_stats_finalize_kernel"]
+    plain = training.plain(conv, bn=None)
+    assert_as_accurate_as_eager(y, plain(**double(tensors)), plain(**tensors))
+    # Of the values as they were stored.
+    ref, eager = reference.bn_stats(y.double()), reference.bn_stats(y)
+    for out, ref_, eager_ in zip(found, ref, eager, strict=True):
+        assert_as_accurate_as_eager(out, ref_, eager_, count=values_per_channel(y))
+
+
+def test_same_bits_in_every_order():
+    columns, conv = CASES["1x1_many_tiles"]
+    tensors = training.tensors_of(conv, torch.bfloat16, bn=None)
+    found = []
+    for order in ORDERS:
+        with cuda_on_host(variant=f"sm90_{columns}", order=order, sms=2):
+            found.append(conv_stats(conv, tensors))
+    for other in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_the_number_of_columns_changes_no_bit():
+    """An element's products are added up in the same order whatever its tile is."""
+    conv = CASES["3x3"][1]
+    tensors = inference.tensors_of(conv, torch.bfloat16)
+    found = []
+    for columns in (64, 128, 256):
+        with cuda_on_host(variant=f"sm90_{columns}"):
+            found.append(conv_bn_act(conv, "relu", tensors))
+    assert all(same_bits(other, found[0]) for other in found[1:])
+
+
+def test_views_over_a_sentinel():
+    columns, conv = CASES["3x3_stride"]
+    tensors = inference.tensors_of(conv, torch.bfloat16)
+    views, buffers = dict(tensors), []
+    for name in ("bn_weight", "mean"):
+        views[name], buffer = misaligned(tensors[name])
+        buffers.append(buffer)
+    with cuda_on_host(variant=f"sm90_{columns}"), Unchanged(*buffers):
+        check_conv_bn_act(conv, "relu", views)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+def test_sanitizers_find_nothing(flavour, tmp_path):
+    with cuda_host.record() as recording:
+        for case in ("1x1", "column") if flavour == "asan" else ("column",):
+            columns, conv = CASES[case]
+            with cuda_on_host(variant=f"sm90_{columns}"):
+                conv_stats(conv, training.tensors_of(conv, torch.bfloat16, bn=None))
+    replay("conv_stats", recording.calls, flavour, tmp_path)
+
+
+BY_SIZE = Conv((1, 64, 12, 12), (64, 64, 3, 3))
+# What another kernel has to do, and the reason.
+OTHERS = {
+    "an older GPU": (BY_SIZE, dict(major=8)),
+    "groups": (Conv((1, 128, 4, 4), (128, 64, 3, 3), groups=2), {}),
+    "rows of 8 bytes": (Conv((1, 68, 4, 4), (64, 68, 1, 1), padding=(0, 0)), {}),
+    "a stride of 9": (Conv((1, 64, 12, 12), (8, 64, 3, 3), stride=(9, 9)), {}),
+    "a window of 258": (
+        Conv((1, 64, 1, 300), (8, 64, 1, 2), padding=(0, 0), dilation=(1, 257)), {}),
+}  # fmt: skip
+
+
+def test_it_is_taken_where_it_can_be():
+    with cuda_on_host() as launched:
+        check_conv_bn_act(BY_SIZE, "relu", inference.tensors_of(BY_SIZE, torch.float16))
+    assert launched == [KERNEL]
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_it_is_left_out_where_it_cannot_be(case):
+    conv, machine = OTHERS[case]
+    tensors = inference.tensors_of(conv, torch.float16)
+    with cuda_on_host(**machine) as launched:
+        check_conv_bn_act(conv, "relu", tensors)
+    assert launched == ["conv_bn_act_fwd_kernel"]
+    asked_for = cuda_on_host(variant="sm90_64", **machine)
+    with asked_for, pytest.raises(CudaError, match="operation not supported"):
+        conv_bn_act(conv, "relu", tensors)
+
+
+def test_a_norm_before_the_convolution_is_left_to_another_kernel():
+    tensors = training.tensors_of(BY_SIZE, torch.float16, bn="running")
+    names = "x", "bn_weight", "bn_bias", "mean", "var"
+    args = *(tensors[n] for n in names), False, 1e-5, "relu", tensors["weight"], None
+    with cuda_on_host() as launched:
+        cuda_ops.conv_stats(*args, *BY_SIZE.geometry, False)
+    assert launched == ["conv_stats_fwd_kernel"]
