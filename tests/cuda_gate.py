@@ -4,7 +4,8 @@
 
 prints a table and fails on what the kernels must not do: spill registers; where they stream 16-bit
 activations that are aligned, read or write them one by one; convolve without tensor cores, or, where
-aligned, without asynchronous copies of 16 bytes. Two files compile at a time.
+aligned, without asynchronous copies of 16 bytes; on Hopper, without wgmma and tensor copies. Two
+files compile at a time.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ WIDE = {
 HALF = ("__half", "__nv_bfloat16")
 # The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
 WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
+# Kernels that only one architecture has, their file, and the instructions that they are about.
+HOPPER, HOPPER_FILE, HOPPER_ARCH = "conv_sm90_kernel", "conv_sm90.cu", "90a"
+HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG", "STG.E.128")
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ def tool(name: str) -> str:
 def compiled(cuda, source: Path, arch: str, folder: Path) -> list[Found]:
     cubin = folder / f"{source.stem}.{arch}.cubin"
     command = [cuda.nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA"]
+    command += ["-DFUSEDRES_SM90A"] if arch == HOPPER_ARCH else []
     command += [library.TORCH_TARGET, "-isystem", library.torch_include(), source, "-o", cubin]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for {source.name} sm_{arch}:\n{done.stderr}")
+    if "wgmma" in done.stderr:  # ptxas: it serialised the products
+        raise RuntimeError(f"{source.name} sm_{arch}:\n{done.stderr}")
     path = f"{Path(tool('cuobjdump')).parent}:{os.environ['PATH']}"
     read = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)]
     text = subprocess.run(
@@ -118,6 +125,10 @@ def failures(found: Found) -> Iterator[str]:
         yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
     if found.kernel in WIDE_CONV:
         yield from convolution_failures(found)
+    if found.kernel == HOPPER:
+        for name in HOPPER_INSTRUCTIONS:
+            if not any(instruction.startswith(name) for instruction in found.counts):
+                yield f"no {name}"
     at = WIDE.get(found.kernel)
     if at is None or found.arguments[0] not in HALF or found.arguments[at] not in ("true", "1"):
         return
@@ -170,6 +181,7 @@ def main() -> int:
             pool.submit(compiled, cuda, source, arch, Path(folder))
             for arch in cuda.archs
             for source in SOURCES
+            if source.name != HOPPER_FILE or arch == HOPPER_ARCH
         ]
         # kernels of a header that several files include are compiled in each: shown once
         unique = {(f.kernel, f.arguments, f.arch): f for job in jobs for f in job.result()}
@@ -180,7 +192,8 @@ def main() -> int:
         print(f"{f.kernel} <{', '.join(f.arguments)}> sm_{f.arch}: {message}")
     seconds = time.monotonic() - start
     print(f"{len(results)} kernels compiled in {seconds:.0f} s, {len(wrong)} failures")
-    missing = (WIDE.keys() | WIDE_CONV.keys()) - {f.kernel for f in results}
+    wanted = WIDE.keys() | WIDE_CONV.keys() | ({HOPPER} if HOPPER_ARCH in cuda.archs else set())
+    missing = wanted - {f.kernel for f in results}
     if missing:
         print(f"no such kernel any more: {', '.join(sorted(missing))}")
     return bool(wrong or missing)

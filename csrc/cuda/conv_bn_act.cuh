@@ -2,7 +2,7 @@
 // The contract of the params and launches: launch.cuh.
 #pragma once
 
-#include "conv_sm90.cuh"
+#include "conv_sm90_launch.cuh"
 
 namespace fusedres {
 namespace cuda {

@@ -1,5 +1,5 @@
 // The convolution kernels of sm_90a, compiled once for the ops that use them.
-#include "conv_sm90.cuh"
+#include "conv_sm90_launch.cuh"
 
 namespace fusedres {
 namespace cuda {

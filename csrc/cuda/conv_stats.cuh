@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bn_finalize.cuh"
-#include "conv_sm90.cuh"
+#include "conv_sm90_launch.cuh"
 
 namespace fusedres {
 namespace cuda {
