@@ -52,10 +52,10 @@ def check_conv_bn_act(conv, act, tensors):
     assert_as_accurate_as_eager(out, ref, eager)
 
 
-def conv_stats(conv, tensors):
-    """y, mean and variance, without a norm before the convolution"""
-    no_norm = None, None, None, None, False, 0.0, "identity"
-    operands = tensors["x"], *no_norm, tensors["weight"], tensors["bias"]
+def conv_stats(conv, tensors, act="relu"):
+    """y, mean and variance; before the convolution the norm and act, where there is a mean"""
+    names = "x", "bn_weight", "bn_bias", "mean", "var"
+    operands = *(tensors[n] for n in names), False, 1e-5, act, tensors["weight"], tensors["bias"]
     return cuda_ops.conv_stats(*operands, *conv.geometry, True)
 
 
@@ -70,15 +70,28 @@ def test_conv_bn_act(case, dtype):
     assert launched == [KERNEL]
 
 
+# With and without a norm before the convolution, and the activation behind it.
+TRAINING = {
+    "1x1": dict(bn="running", act="relu"),
+    "1x1_many_tiles": dict(bn=None),
+    "3x3": dict(bn="running", act="relu"),
+    "3x3_stride": dict(bn="running", act="identity"),
+    "3x3_unpadded": dict(bn=None),
+    "column": dict(bn="running", act="relu"),
+    "one_pixel": dict(bn="running", act="relu"),
+}
+
+
 @dtypes
-@pytest.mark.parametrize("case", ["1x1", "1x1_many_tiles", "3x3_stride", "3x3_unpadded"])
+@pytest.mark.parametrize("case", TRAINING)
 def test_conv_stats(case, dtype):
     columns, conv = CASES[case]
-    tensors = training.tensors_of(conv, dtype, bn=None)
+    options = TRAINING[case]
+    tensors = training.tensors_of(conv, dtype, **options)
     with cuda_on_host(variant=f"sm90_{columns}") as launched:
-        y, *found = conv_stats(conv, tensors)
+        y, *found = conv_stats(conv, tensors, options.get("act", "identity"))
     assert launched == [KERNEL, "bn_stats_finalize_kernel"]
-    plain = training.plain(conv, bn=None)
+    plain = training.plain(conv, **options)
     assert_as_accurate_as_eager(y, plain(**double(tensors)), plain(**tensors))
     # Of the values as they were stored.
     ref, eager = reference.bn_stats(y.double()), reference.bn_stats(y)
@@ -121,11 +134,10 @@ def test_views_over_a_sentinel():
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitizers_find_nothing(flavour, tmp_path):
-    with cuda_host.record() as recording:
-        for case in ("1x1", "column") if flavour == "asan" else ("column",):
-            columns, conv = CASES[case]
-            with cuda_on_host(variant=f"sm90_{columns}"):
-                conv_stats(conv, training.tensors_of(conv, torch.bfloat16, bn=None))
+    conv = CASES["column"][1]
+    with cuda_host.record() as recording, cuda_on_host(variant="sm90_64"):
+        for bn in (None, "running"):
+            conv_stats(conv, training.tensors_of(conv, torch.bfloat16, bn=bn))
     replay("conv_stats", recording.calls, flavour, tmp_path)
 
 
@@ -159,10 +171,8 @@ def test_it_is_left_out_where_it_cannot_be(case):
         conv_bn_act(conv, "relu", tensors)
 
 
-def test_a_norm_before_the_convolution_is_left_to_another_kernel():
+def test_an_activation_other_than_relu_before_it_is_left_to_another_kernel():
     tensors = training.tensors_of(BY_SIZE, torch.float16, bn="running")
-    names = "x", "bn_weight", "bn_bias", "mean", "var"
-    args = *(tensors[n] for n in names), False, 1e-5, "relu", tensors["weight"], None
     with cuda_on_host() as launched:
-        cuda_ops.conv_stats(*args, *BY_SIZE.geometry, False)
-    assert launched == ["conv_stats_fwd_kernel"]
+        conv_stats(BY_SIZE, tensors, "silu")
+    assert launched == ["conv_stats_fwd_kernel", "bn_stats_finalize_kernel"]

@@ -36,7 +36,9 @@ inline const char* why_not_conv_sm90(const ConvIn& in, const ConvOut& out, const
   const ConvShape& g = in.shape;
   if (!kHasConvSm90 || device.major != 9) return "wgmma is sm_90a's";
   if (g.groups != 1) return "the tensor maps are of all channels";
-  if (in.bn_mean != nullptr) return "wgmma reads x as it is in memory";
+  if (in.bn_mean != nullptr && (g.c > kConvNormChannels || needs_any(in.act))) {
+    return "the norm before it has too many channels, or an activation other than relu";
+  }
   if (!is_wide(in, out)) return "the copy engine wants rows and addresses of 16 bytes";
   if (g.rows() + kConvRows > INT32_MAX) return "the copy engine's coordinates have 32 bits";
   return is_matrix(g) ? nullptr : why_no_im2col(window_of(g));
@@ -57,11 +59,12 @@ inline int conv_sm90_columns(int asked, const ConvIn& in, const ConvOut& out,
   return g.k > 64 && parts * cdiv(g.k, 128) >= device.sms ? 128 : 64;
 }
 
-template <typename T, int kColumns, bool kAny>
+template <typename T, int kColumns, bool kAny, bool kNorm>
 cudaError_t launch_conv_sm90_tile(const ConvIn& in, const ConvOut& out, const Device& device,
                                   Dtype dtype, cudaStream_t stream) {
   const ConvShape& g = in.shape;
   ConvSm90 a{};
+  a.in = in;
   a.out = out;
   a.rows = g.rows();
   a.column_tiles = cdiv(g.k, kColumns);
@@ -81,7 +84,8 @@ cudaError_t launch_conv_sm90_tile(const ConvIn& in, const ConvOut& out, const De
   if (error != cudaSuccess) return error;
   LaunchShape shape{a.tiles < device.sms ? a.tiles : device.sms, kConvThreads};
   shape.shared_bytes = sizeof(ConvStages<kColumns>);
-  return launch(conv_sm90_kernel<T, kColumns, kAny>, shape, stream, x_map, weight_map, a);
+  if (kNorm) shape.shared_bytes += a.c_steps * kBoxChannels * 8;
+  return launch(conv_sm90_kernel<T, kColumns, kAny, kNorm>, shape, stream, x_map, weight_map, a);
 }
 
 // Runs a convolution in tiles of `columns` columns: 64, 128 or 256, as conv_sm90_columns says. `in`
@@ -90,15 +94,20 @@ template <typename T>
 cudaError_t launch_conv_sm90(const ConvIn& in, const ConvOut& out, const Device& device,
                              Dtype dtype, int columns, cudaStream_t stream) {
   if (why_not_conv_sm90(in, out, device) != nullptr) return cudaErrorNotSupported;
+  const bool norm = in.bn_mean != nullptr;
+  if (norm && needs_any(out.act)) return cudaErrorNotSupported;  // no op has both
 #if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: one tile stands for all
   (void)columns;
-  const auto run = launch_conv_sm90_tile<T, 64, true>;
+  const auto run =
+      norm ? launch_conv_sm90_tile<T, 64, false, true> : launch_conv_sm90_tile<T, 64, true, false>;
 #else
-  const bool any = needs_any(out.act);
-  const auto run = any              ? launch_conv_sm90_tile<T, 128, true>
-                   : columns == 64  ? launch_conv_sm90_tile<T, 64, false>
-                   : columns == 128 ? launch_conv_sm90_tile<T, 128, false>
-                                    : launch_conv_sm90_tile<T, 256, false>;
+  const auto run = needs_any(out.act) ? launch_conv_sm90_tile<T, 128, true, false>
+                   : columns == 64    ? (norm ? launch_conv_sm90_tile<T, 64, false, true>
+                                              : launch_conv_sm90_tile<T, 64, false, false>)
+                   : columns == 128   ? (norm ? launch_conv_sm90_tile<T, 128, false, true>
+                                              : launch_conv_sm90_tile<T, 128, false, false>)
+                                      : (norm ? launch_conv_sm90_tile<T, 256, false, true>
+                                              : launch_conv_sm90_tile<T, 256, false, false>);
 #endif
   return run(in, out, device, dtype, stream);
 }

@@ -160,18 +160,24 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
   "%127"
-#define FUSEDRES_WGMMA(N, count, type, a_at, b_at, p_at)             \
-  asm volatile(                                                      \
-      "{\n"                                                          \
-      ".reg .pred adds;\n"                                           \
-      "setp.ne.b32 adds, %" p_at                                     \
-      ", 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type "." type \
-      " {" FUSEDRES_REGISTERS_##count "}, %" a_at ", %" b_at         \
-                                      ", adds, 1, 1, 0, 0;\n"        \
-                                      "}"                            \
-      : FUSEDRES_##count(d, 0)                                       \
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)))
+// clang-format off
+#define FUSEDRES_WGMMA(N, count, type, operands, adds_at, transposed, ...)                     \
+  asm volatile(                                                                                \
+      "{\n"                                                                                    \
+      ".reg .pred adds;\n"                                                                     \
+      "setp.ne.b32 adds, %" adds_at ", 0;\n"                                                   \
+      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type "." type                           \
+      " {" FUSEDRES_REGISTERS_##count "}, " operands ", adds, 1, 1, " transposed ";\n"         \
+      "}"                                                                                      \
+      : FUSEDRES_##count(d, 0)                                                                 \
+      : __VA_ARGS__, "r"(static_cast<int>(adds)))
+#define FUSEDRES_WGMMA_OF(count, N, operands, adds_at, transposed, ...)                        \
+  if constexpr (kCount == count && std::is_same<T, __nv_bfloat16>::value) {                    \
+    FUSEDRES_WGMMA(N, count, "bf16", operands, adds_at, transposed, __VA_ARGS__);              \
+  } else if constexpr (kCount == count) {                                                      \
+    FUSEDRES_WGMMA(N, count, "f16", operands, adds_at, transposed, __VA_ARGS__);               \
+  }
+// clang-format on
 
 #endif
 
@@ -180,29 +186,29 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
 template <typename T, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool adds) {
   static_assert(kCount == 32 || kCount == 64 || kCount == 128, "N is 64, 128 or 256");
-  constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
 #if defined(FUSEDRES_CUDA_ON_HOST)
-  sim::wgmma(d, 2 * kCount, a, b, adds, kBFloat16);
+  sim::wgmma(d, 2 * kCount, a, b, adds, std::is_same<T, __nv_bfloat16>::value);
 #else
-  if constexpr (kCount == 32) {
-    if constexpr (kBFloat16) {
-      FUSEDRES_WGMMA("64", 32, "bf16", "32", "33", "34");
-    } else {
-      FUSEDRES_WGMMA("64", 32, "f16", "32", "33", "34");
-    }
-  } else if constexpr (kCount == 64) {
-    if constexpr (kBFloat16) {
-      FUSEDRES_WGMMA("128", 64, "bf16", "64", "65", "66");
-    } else {
-      FUSEDRES_WGMMA("128", 64, "f16", "64", "65", "66");
-    }
-  } else {
-    if constexpr (kBFloat16) {
-      FUSEDRES_WGMMA("256", 128, "bf16", "128", "129", "130");
-    } else {
-      FUSEDRES_WGMMA("256", 128, "f16", "128", "129", "130");
-    }
-  }
+  FUSEDRES_WGMMA_OF(32, "64", "%32, %33", "34", "0, 0", "l"(a), "l"(b))
+  FUSEDRES_WGMMA_OF(64, "128", "%64, %65", "66", "0, 0", "l"(a), "l"(b))
+  FUSEDRES_WGMMA_OF(128, "256", "%128, %129", "130", "0, 0", "l"(a), "l"(b))
+#endif
+}
+
+// The same with a in registers, in the layout of mma_m16n8k16 for a warp's 16 rows. They may be
+// written again when the product has been waited for.
+template <typename T, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
+                                      bool adds) {
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128, "N is 64, 128 or 256");
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  sim::wgmma(d, 2 * kCount, a, b, adds, std::is_same<T, __nv_bfloat16>::value);
+#else
+#define FUSEDRES_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+  FUSEDRES_WGMMA_OF(32, "64", "{%32, %33, %34, %35}, %36", "37", "0", FUSEDRES_INPUTS)
+  FUSEDRES_WGMMA_OF(64, "128", "{%64, %65, %66, %67}, %68", "69", "0", FUSEDRES_INPUTS)
+  FUSEDRES_WGMMA_OF(128, "256", "{%128, %129, %130, %131}, %132", "133", "0", FUSEDRES_INPUTS)
+#undef FUSEDRES_INPUTS
 #endif
 }
 

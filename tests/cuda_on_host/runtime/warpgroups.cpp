@@ -33,7 +33,7 @@ struct Operand {
 };
 
 struct Product {
-  uint64_t a, b;
+  uint64_t a, b;  // a: 0 in registers
   int columns;
   bool adds, bfloat16;
   bool operator==(const Product& o) const {
@@ -52,6 +52,7 @@ struct Started {
   size_t number, group;
   int issued = 0;
   std::vector<float>* sums[kLanes];  // of each lane
+  uint32_t words[kLanes][4];         // a in registers
 };
 
 struct Lane {
@@ -124,10 +125,25 @@ std::vector<float> values_of(const Block& block, uint64_t bits, int rows, bool b
   return values;
 }
 
+// From the lanes' words, as for mma.m16n8k16 in each warp.
+std::vector<float> values_in_registers(const Started& s) {
+  std::vector<float> values(static_cast<size_t>(kRows) * kDepth);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8;
+      const char* words = reinterpret_cast<const char*>(s.words[lane]);
+      values[row * kDepth + i / 4 * 8 + lane % 4 * 2 + i % 2] =
+          half_of(words + 2 * i, s.product.bfloat16);
+    }
+  }
+  return values;
+}
+
 // PTX ISA, wgmma, "Register Fragments": warp w has rows 16 * w to 16 * w + 15, as of an mma.
 void multiply(const Block& block, const Started& s) {
   const Product& p = s.product;
-  const std::vector<float> a = values_of(block, p.a, kRows, p.bfloat16);
+  const std::vector<float> a =
+      p.a == 0 ? values_in_registers(s) : values_of(block, p.a, kRows, p.bfloat16);
   const std::vector<float> b = values_of(block, p.b, p.columns, p.bfloat16);
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < p.columns / 2; ++i) {
@@ -159,7 +175,7 @@ void note_reads(const Block& block, const Started& s) {
     Seen reading;
     __tsan_read_range(const_cast<char*>(at), 16);
   };
-  for_chunks(block, s.product.a, kRows, [&](const char* at, int row, int) {
+  for_chunks(block, s.product.a, s.product.a == 0 ? 0 : kRows, [&](const char* at, int row, int) {
     if (static_cast<unsigned>(row) / 16 == warp) note(at);
   });
   for_chunks(block, s.product.b, s.product.columns, [&](const char* at, int, int) { note(at); });
@@ -195,20 +211,21 @@ void wgmma_fence() {
   lane->fenced = true;
 }
 
-void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool adds, bool bfloat16) {
+namespace {
+
+void start(float* d, const Product& product, const uint32_t* words) {
   Unseen quiet;
   Lane* lane;
   Warpgroup& group = own("wgmma", &lane);
   const Block& block = *state.current->block;
   if (!lane->fenced) fail("wgmma: " + where() + " has not called wgmma_fence in this group");
-  const Product product{a, b, columns, adds, bfloat16};
   const size_t number = lane->products++;
   auto found = std::find_if(group.running.begin(), group.running.end(),
                             [&](const Started& s) { return s.number == number; });
   if (found == group.running.end()) {
-    check_operand(block, a, kRows);
-    check_operand(block, b, columns);
-    group.running.push_back({product, number, lane->groups, 0, {}});
+    if (words == nullptr) check_operand(block, product.a, kRows);
+    check_operand(block, product.b, product.columns);
+    group.running.push_back({product, number, lane->groups, 0, {}, {}});
     found = group.running.end() - 1;
   }
   if (!(found->product == product) || found->group != lane->groups) {
@@ -216,12 +233,25 @@ void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool adds, bool bfloat
   }
   const auto [at, is_new] = lane->held.try_emplace(d);
   if (is_new) {
-    at->second.sums.assign(d, d + columns / 2);
-    std::memset(d, static_cast<int>(poison() & 0xff), sizeof(float) * columns / 2);
+    at->second.sums.assign(d, d + product.columns / 2);
+    std::memset(d, static_cast<int>(poison() & 0xff), sizeof(float) * product.columns / 2);
   }
   at->second.last = number;
   found->sums[state.current->rank % kLanes] = &at->second.sums;
+  if (words != nullptr) {
+    std::copy(words, words + 4, found->words[state.current->rank % kLanes]);
+  }
   ++found->issued;
+}
+
+}  // namespace
+
+void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool adds, bool bfloat16) {
+  start(d, {a, b, columns, adds, bfloat16}, nullptr);
+}
+
+void wgmma(float* d, int columns, const uint32_t (&a)[4], uint64_t b, bool adds, bool bfloat16) {
+  start(d, {0, b, columns, adds, bfloat16}, a);
 }
 
 void wgmma_commit() {
@@ -266,7 +296,7 @@ void check_not_multiplied(const Block& block, const char* from, size_t bytes) {
         if (at + 16 <= from || from + bytes <= at) return;
         fail("a copy overwrites shared memory that a wgmma still reads");
       };
-      for_chunks(block, s.product.a, kRows, check);
+      for_chunks(block, s.product.a, s.product.a == 0 ? 0 : kRows, check);
       for_chunks(block, s.product.b, s.product.columns, check);
     }
   }

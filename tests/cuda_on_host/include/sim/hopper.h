@@ -20,6 +20,7 @@ void tensor_copy_im2col(void* shared, const CUtensorMap_st* map, std::initialize
 // Every thread of a warpgroup must make the same calls.
 void wgmma_fence();
 void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool adds, bool bfloat16);
+void wgmma(float* d, int columns, const uint32_t (&a)[4], uint64_t b, bool adds, bool bfloat16);
 void wgmma_commit();
 void wgmma_wait(int pending);
 
