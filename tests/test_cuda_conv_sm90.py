@@ -13,7 +13,7 @@ from accuracy import assert_as_accurate_as_eager
 from cases import Conv, misaligned, values_per_channel
 from cuda_host import ORDERS, CudaError
 from cuda_ops import cuda_on_host
-from fusedres import reference
+from fusedres import reference, triton_kernels
 from harness import Unchanged, double, same_bits
 from test_cuda_sanitizers import replay
 
@@ -176,3 +176,20 @@ def test_an_activation_other_than_relu_before_it_is_left_to_another_kernel():
     with cuda_on_host() as launched:
         conv_stats(BY_SIZE, tensors, "silu")
     assert launched == ["conv_stats_fwd_kernel", "bn_stats_finalize_kernel"]
+
+
+@pytest.mark.parametrize("conv,norm_act,tried", [
+    (BY_SIZE, None, True), (BY_SIZE, "relu", True), (BY_SIZE, "silu", False),
+    (OTHERS["groups"][0], None, False), (OTHERS["rows of 8 bytes"][0], None, False),
+    (Conv((1, 2056, 1, 1), (8, 2056, 1, 1)), "relu", False),
+])  # fmt: skip
+def test_its_tiles_are_measured_where_it_runs(conv, norm_act, tried, monkeypatch):
+    x, weight = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in (conv.x, conv.weight))
+    known = triton_kernels.ways()
+    monkeypatch.setattr(known, "is_hopper", lambda device: True)
+    found = known.native_ways(lambda variant: None, x, weight, conv.groups, norm_act)
+    wanted = [4, 5, 6] if tried else []  # ConvVariant's kSm90x64 and on
+    assert [known.variant(way) for way in found if way.tma] == wanted
+    monkeypatch.setattr(known, "is_hopper", lambda device: False)
+    found = known.native_ways(lambda variant: None, x, weight, conv.groups, norm_act)
+    assert not any(way.tma for way in found)

@@ -14,21 +14,7 @@ constexpr bool kHasConvSm90 = false;
 #endif
 
 inline Window window_of(const ConvShape& g) {
-  const auto two = [](int64_t h, int64_t w, int (&out)[2]) {
-    out[0] = static_cast<int>(h);
-    out[1] = static_cast<int>(w);
-  };
-  Window w{};
-  two(g.kh, g.kw, w.taps);
-  two(g.stride_h, g.stride_w, w.stride);
-  two(g.pad_h, g.pad_w, w.pad);
-  two(g.dilation_h, g.dilation_w, w.dilation);
-  return w;
-}
-
-// A window of one tap that moves by one pixel: x is the matrix [rows, C].
-inline bool is_matrix(const ConvShape& g) {
-  return g.kh * g.kw == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+  return {{g.kh, g.kw}, {g.stride_h, g.stride_w}, {g.pad_h, g.pad_w}, {g.dilation_h, g.dilation_w}};
 }
 
 // Why conv_sm90_kernel cannot do this, or null.
@@ -40,8 +26,8 @@ inline const char* why_not_conv_sm90(const ConvIn& in, const ConvOut& out, const
     return "the norm before it has too many channels, or an activation other than relu";
   }
   if (!is_wide(in, out)) return "the copy engine wants rows and addresses of 16 bytes";
-  if (g.rows() + kConvRows > INT32_MAX) return "the copy engine's coordinates have 32 bits";
-  return is_matrix(g) ? nullptr : why_no_im2col(window_of(g));
+  if (g.rows + kConvRows > INT32_MAX) return "the copy engine's coordinates have 32 bits";
+  return g.pointwise ? nullptr : why_no_im2col(window_of(g));
 }
 
 // The columns of conv_sm90_kernel's tiles, or 0 for another kernel. Unless it was asked for it runs
@@ -54,7 +40,7 @@ inline int conv_sm90_columns(int asked, const ConvIn& in, const ConvOut& out,
   if (asked >= first) return 64 << (asked - first);
   if (asked != 0 || g.c < kBoxChannels || why_not_conv_sm90(in, out, device) != nullptr) return 0;
   if (needs_any(out.act)) return 128;
-  const int64_t parts = cdiv(g.rows(), kConvRows);
+  const int64_t parts = cdiv(g.rows, kConvRows);
   if (g.k > 128 && parts * cdiv(g.k, 256) >= device.sms) return 256;
   return g.k > 64 && parts * cdiv(g.k, 128) >= device.sms ? 128 : 64;
 }
@@ -66,19 +52,19 @@ cudaError_t launch_conv_sm90_tile(const ConvIn& in, const ConvOut& out, const De
   ConvSm90 a{};
   a.in = in;
   a.out = out;
-  a.rows = g.rows();
+  a.rows = g.rows;
   a.column_tiles = cdiv(g.k, kColumns);
   a.tiles = cdiv(a.rows, kConvRows) * a.column_tiles;
-  a.pixels = static_cast<int>(g.p * g.q);
-  a.width = static_cast<int>(g.q);
+  a.pixels = g.p * g.q;
+  a.width = g.q;
   a.c_steps = static_cast<int>(cdiv(g.c, kBoxChannels));
-  a.steps = static_cast<int>(g.kh * g.kw) * a.c_steps;
-  a.im2col = !is_matrix(g);
+  a.steps = g.kh * g.kw * a.c_steps;
+  a.im2col = !g.pointwise;
   a.window = window_of(g);
   CUtensorMap x_map, weight_map;
-  cudaError_t error = a.im2col
-                          ? im2col_map(&x_map, dtype, in.x, g.n, g.h, g.w, g.c, a.window, kConvRows)
-                          : tiled_map(&x_map, dtype, in.x, 2, {g.c, a.rows, 0}, kConvRows);
+  cudaError_t error = a.im2col ? im2col_map(&x_map, dtype, in.x, a.rows / a.pixels, g.h, g.w, g.c,
+                                            a.window, kConvRows)
+                               : tiled_map(&x_map, dtype, in.x, 2, {g.c, a.rows, 0}, kConvRows);
   if (error != cudaSuccess) return error;
   error = tiled_map(&weight_map, dtype, in.weight, 3, {g.c, g.kh * g.kw, g.k}, kColumns);
   if (error != cudaSuccess) return error;

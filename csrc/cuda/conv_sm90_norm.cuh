@@ -18,7 +18,7 @@ __device__ __forceinline__ void conv_norms(const ConvIn& in, int channels, float
   for (int c = static_cast<int>(threadIdx.x); c < channels; c += kConvThreads) {
     float scale = 0.0f;
     float shift = 0.0f;
-    if (c < in.shape.c) {
+    if (c < in.shape.channels) {
       scale = (in.bn_weight == nullptr ? 1.0f : in.bn_weight[c]) * bn_rstd(in.bn_var[c], in.eps);
       shift = (in.bn_bias == nullptr ? 0.0f : in.bn_bias[c]) - in.bn_mean[c] * scale;
     }
