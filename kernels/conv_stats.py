@@ -129,6 +129,7 @@ def plan(plain: Callable[[], tuple], native: Native | None, x: Tensor, *args) ->
             return native(variant(way))
         return plain() if way.by == "aten" else conv.triton(way)
 
-    own = native_ways(native, x, args[7], conv.groups)
+    norm_act = conv.act if conv.norm[0] is not None else None
+    own = native_ways(native, x, args[7], conv.groups, norm_act)
     key = conv.key(conv.act, conv.norm[0] is not None, conv.stats, *["native"] * bool(own))
     return plan_of(key, in_order(conv, [*own, ATEN]), work, conv.x.device)

@@ -40,6 +40,8 @@ class Way:
 ATEN, CUDNN = Way("aten"), Way("cudnn")
 # In the order of csrc/cuda/conv.cuh's ConvVariant, which begins with "by size".
 NATIVE = Way("native", 128, 128), Way("native", 128, 64), Way("native", 64, 64)
+SM90 = tuple(Way("native", 128, n, tma=True) for n in (64, 128, 256))
+SM90_NORM_CHANNELS = 2048  # csrc/cuda/conv_sm90_norm.cuh
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,31 @@ def why_not_native(x: Tensor) -> str | None:
     return None
 
 
-def native_ways(native: Native | None, x: Tensor, weight: Tensor, groups: int) -> list[Way]:
-    """The CUDA kernel's tiles; where channels fill no 16 bytes it has one."""
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def native_ways(
+    native: Native | None, x: Tensor, weight: Tensor, groups: int, norm_act: str | None = None
+) -> list[Way]:
+    """The CUDA kernels' tiles; where channels fill no 16 bytes there is one.
+
+    Args:
+        norm_act: the activation of a norm before the convolution; None without one.
+    """
     if native is None or why_not_native(x) is not None:
         return []
     whole = weight.shape[1] % PACK == 0 and weight.shape[0] // groups % PACK == 0
-    return [*NATIVE] if whole else [NATIVE[-1]]
+    if not whole:
+        return [NATIVE[-1]]
+    plain = norm_act is None
+    normed = norm_act in ("identity", "relu") and x.shape[1] <= SM90_NORM_CHANNELS
+    on_sm90 = groups == 1 and (plain or normed) and is_hopper(x.device)
+    return [*NATIVE, *SM90] if on_sm90 else [*NATIVE]
 
 
 def variant(way: Way) -> int:
-    return NATIVE.index(way) + 1
+    return (*NATIVE, *SM90).index(way) + 1
 
 
 def native_plan(

@@ -70,15 +70,8 @@ def cases_of(options: Iterable[str]) -> pytest.MarkDecorator:
 
 
 VARIANTS = ("by_size", "streaming", "whole")  # "whole": the op's one-launch form
-TILES = (
-    "by_size",
-    "128x128",
-    "128x64",
-    "64x64",
-    "sm90_64",
-    "sm90_128",
-    "sm90_256",
-)  # variants of the convolutions
+TILES = ("by_size", "128x128", "128x64", "64x64")  # variants of the convolutions
+SM90_TILES = ("sm90_64", "sm90_128", "sm90_256")  # and of sm_90a, by their columns
 _variant = 0
 
 
@@ -243,7 +236,8 @@ def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
     ``variant`` is that of ops with several; ``machine`` as for ``cuda_host.machine``.
     """
     global _variant
-    _variant = (TILES if variant in TILES else VARIANTS).index(variant)
+    tiles = *TILES, *SM90_TILES
+    _variant = (tiles if variant in tiles else VARIANTS).index(variant)
     replaced = mock.patch.multiple(
         triton_kernels,
         has=LAUNCHERS.__contains__,

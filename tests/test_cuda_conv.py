@@ -70,7 +70,7 @@ def check_training(case: Conv, act: str, t: dict) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("case", CASES)
 def test_inference(case, dtype):
     t = inference.tensors_of(CASES[case], dtype, residual=len(case) % 2 == 0)
-    with cuda_on_host() as launched:
+    with cuda_on_host(major=8) as launched:
         check_inference(CASES[case], ACTS[case], t)
     assert launched == ["conv_bn_act_fwd_kernel"]
 
@@ -79,7 +79,7 @@ def test_inference(case, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_training(case, dtype):
     t = training.tensors_of(CASES[case], dtype, bn=NORMS[case])
-    with cuda_on_host() as launched:
+    with cuda_on_host(major=8) as launched:
         check_training(CASES[case], ACTS[case], t)
     assert launched == ["conv_stats_fwd_kernel", "bn_stats_finalize_kernel"]
 
