@@ -166,6 +166,8 @@ def nvcc_flags(cuda: Cuda) -> str:
     flags += [f"-DUSE_CUDA {cuda.flags}"]
     if cuda.release >= (12, 8):
         flags += ["--compress-mode=size"]
+    if "90a" in cuda.archs:  # conv_sm90_launch.cuh
+        flags += ["-DFUSEDRES_SM90A"]
     return " ".join(flags)
 
 

@@ -27,13 +27,23 @@ COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act"}
 def _native_can_run(op: str, x: Tensor) -> str | None:
     kind = x.device.type
     if kind == "cuda":
-        by_name = forced_backend() == "native"
-        if op in COMPOSED and not by_name and _triton_can_run(op, x) is None:
-            return "Triton measures its convolution kernel against PyTorch's"
-        return native.cuda_reason(COMPOSED.get(op, op), x.device.index)
+        reason = native.cuda_reason(COMPOSED.get(op, op), x.device.index)
+        by_rule = reason is None and op in COMPOSED and forced_backend() != "native"
+        if by_rule and _triton_can_run(op, x) is None:
+            return "Triton's timer measures who convolves"
+        return reason
     if kind != "cpu":
         return f"the library holds kernels for CPUs and NVIDIA GPUs, x is on {kind}"
     return native.load_error()
+
+
+def own_kernel_reason(op: str, x: Tensor) -> str | None:
+    """Why the library's CUDA kernel of a composed op cannot run on ``x``, or None."""
+    if x.device.type != "cuda":
+        return f"the kernel of {op} runs on NVIDIA GPUs, x is on {x.device.type}"
+    if forced_backend() == "triton":
+        return "the triton backend was asked for"
+    return native.cuda_reason(op, x.device.index)
 
 
 def _triton_can_run(op: str, x: Tensor) -> str | None:

@@ -7,12 +7,14 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .native import REFUSED
 
 OLDEST = (3, 6)  # the oldest release that the kernels are compiled and run with
 LOWEST_CAPABILITY = (8, 0)  # Ampere: the lowest that the kernels are compiled for
@@ -91,14 +93,31 @@ def launcher(op: str) -> Callable:
     return package().launcher(op)
 
 
-def plan(op: str, plain: Callable, args: tuple):
-    """Who runs a composed op, as a ``kernels.conv.Plan``: its kernel, cuDNN or ``plain``.
+def plan(op: str, plain: Callable, native: Callable[[int], object] | None, args: tuple):
+    """Who runs a composed op, as a ``kernels.ways.Plan``: a kernel, cuDNN or ``plain``.
 
     Args:
         plain: runs the op as the composition that it is, for measuring.
+        native: runs the library's CUDA kernel in a variant; None if it cannot run.
     """
     kernels = package()
-    return kernels.module(kernels.LAUNCHERS[op]).plan(plain, *args)
+    own = None if native is None else partial(_or_unfit, native)
+    return kernels.module(kernels.LAUNCHERS[op]).plan(plain, own, *args)
+
+
+def _or_unfit(native: Callable, variant: int):
+    """``native``, where a launch that the GPU refused leaves the variant out."""
+    try:
+        return native(variant)
+    except RuntimeError as error:
+        if REFUSED not in str(error):
+            raise
+        raise unfit()(str(error).splitlines()[0]) from error
+
+
+def ways() -> ModuleType:
+    """The part of the convolutions' choice that needs no Triton."""
+    return package().module("ways")
 
 
 def unfit() -> type[RuntimeError]:

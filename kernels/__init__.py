@@ -12,7 +12,8 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
 | residual_sum.py, norm_rows.py | the passes of residual_add and of add_norm |
 | mlp.py | the squeeze-excite MLP on [N, C] |
-| implicit_gemm.py, conv.py | the convolutions' mainloop; what it takes, and who convolves |
+| implicit_gemm.py, conv.py | the convolutions' mainloop; its configurations, and who convolves |
+| ways.py | who can convolve, and what our kernels take; the one file without Triton |
 | <op>.py | the op's launchers, and the kernels that are its own |
 
 ``kernels`` is the name of another package, so this folder refuses to be imported under it.
@@ -66,5 +67,5 @@ def launcher(op: str) -> Callable:
 
 
 def module(name: str) -> ModuleType:
-    """The file ``name``.py of this folder; importing it imports Triton."""
+    """The file ``name``.py of this folder; importing it, unless it is ``ways``, imports Triton."""
     return importlib.import_module(f"{__name__}.{name}")

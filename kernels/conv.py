@@ -1,52 +1,32 @@
 """Convolutions on the host's side: what the kernels take, and who carries a convolution out.
 
-There are three ways: our kernel in one of its configurations ("triton"), PyTorch's convolution with
-our streaming kernels around it ("aten"; on a GPU that is cuDNN), and cuDNN's own fusion ("cudnn",
-inference). Which one is measured like any configuration (``tuning``). Where nothing was measured,
-kernels of one pixel go to Triton, for they are limited by memory and the fusion saves passes; the
-others go to cuDNN, which a Triton kernel does not beat at arithmetic.
+There are four ways: our kernel in one of its configurations ("triton"), the library's CUDA kernel
+("native"), PyTorch's convolution with our streaming kernels around it ("aten"; on a GPU that is
+cuDNN), and cuDNN's own fusion ("cudnn", inference). Which one is measured like any configuration
+(``tuning``). Where nothing was measured, kernels of one pixel go to Triton, for they are limited by
+memory and the fusion saves passes; the others go to cuDNN, which a Triton kernel does not beat at
+arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .launch import cdiv, power_of_2
+from .ways import ATEN, CUDNN, Plan, Way, out_shape, why_not
 
-# Tiles of the tensor-core instructions are 16 wide at least: narrower groups compute zeros.
-NARROWEST_GROUP = 16
+__all__ = ["ATEN", "CUDNN", "Conv", "Plan", "Way", "in_order", "plan_of", "precision", "why_not"]
+
 TMA_CAPABILITY = (9, 0)
 WIDE_ROWS = 2**30  # from here on rows are counted in 64 bits, which tensor descriptors do not take
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to carry a convolution out; for "triton" its output tile, step, warps and stages.
-
-    Args:
-        k: input channels of a step, in 16 bits; half as many in 32.
-        tma: whether tiles are loaded through tensor descriptors.
-    """
-
-    by: str
-    m: int = 0
-    n: int = 0
-    k: int = 0
-    warps: int = 0
-    stages: int = 0
-    tma: bool = False
-
-
-ATEN, CUDNN = Way("aten"), Way("cudnn")
 # 48 to 72 KiB of shared memory: one fits every GPU, two or more an H100. None was measured yet.
 # Tiles of 128 columns spill on sm_100, with moments also steps of 64 channels on sm_120.
 MEDIUM = Way("triton", 128, 64, 64, 8, 3)
@@ -151,16 +131,6 @@ class Conv:
         return "|".join(map(str, parts))
 
 
-def out_shape(x: Tensor, weight: Tensor, geometry: Sequence) -> tuple[int, ...]:
-    stride, padding, dilation, _ = geometry
-    sizes = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    )
-    return x.shape[0], weight.shape[0], *sizes
-
-
 def target_has_tma(device: torch.device) -> bool:
     """Whether the device copies tiles by itself (from Hopper on); a dry run compiles for those."""
     if device.type == "meta":
@@ -181,47 +151,7 @@ def precision(x: Tensor) -> str:
     return "tf32" if allowed else "tf32x3"  # three TF32 products: an error of float32's order
 
 
-# --- what the kernels do not take
-
-
-def why_not(x: Tensor, weight: Tensor, geometry: Sequence) -> str | None:
-    """Why the kernels do not take this convolution, or None; aten refuses wrong operands better."""
-    if x.dim() != 4 or weight.dim() != 4:
-        return "the kernels convolve two dimensions"
-    groups = geometry[3]
-    fits = x.dtype == weight.dtype and x.device == weight.device
-    if not fits or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % max(1, groups):
-        return "the operands do not fit together"
-    sizes = out_shape(x, weight, geometry)
-    if min(*sizes, weight.numel(), x.numel()) <= 0:
-        return "there is nothing to compute"
-    narrowest = min(weight.shape[1], weight.shape[0] // groups)
-    if groups > 1 and narrowest < NARROWEST_GROUP:
-        return f"groups of {narrowest} channels fill no tensor-core tile"
-    formats = (suggest_memory_format(t) for t in (x, weight))
-    if torch.channels_last not in formats and sizes[2:] != (1, 1):
-        return "the tensors are NCHW, the kernels write channels_last"
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        return "x is NCHW, the kernels read channels_last"
-    return None
-
-
 # --- the choice
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who carries a convolution out.
-
-    Args:
-        by: "triton", "aten" or "cudnn".
-        why: what the choice rests on, for ``explain``.
-        run: does it; None where that is left to the caller ("aten").
-    """
-
-    by: str
-    why: str | None
-    run: Callable[[], object] | None = None
 
 
 def plan_of(key: str, ways: Sequence[Way], work: Callable[[Way], object], device) -> Plan:
@@ -249,6 +179,7 @@ def _why(way: Way, ways: Sequence[Way], measured: dict[str, float]) -> str | Non
 
 
 def in_order(conv: Conv, rivals: Sequence[Way]) -> list[Way]:
-    """All ways, the default first."""
-    ours = conv.ways()
-    return [*ours, *rivals] if conv.taps == (1, 1) else [*rivals, *ours]
+    """All ways, the default first; the library's CUDA kernels, among the rivals, are ours too."""
+    ours = [*conv.ways(), *(way for way in rivals if way.by == "native")]
+    others = [way for way in rivals if way.by != "native"]
+    return [*ours, *others] if conv.taps == (1, 1) else [*others, *ours]

@@ -20,6 +20,7 @@ from .implicit_gemm import conv_tile, gemm_tile, part_of, result_tile
 from .launch import cdiv, launch, vector
 from .stream import bn_scale
 from .tile import load_channels
+from .ways import Native, native_ways, variant
 
 FOLD_BLOCK = 2048
 
@@ -161,11 +162,14 @@ def conv_bn_act(*args) -> Tensor:
     return tuning.run(conv.key(conv.act), conv.ways(), conv.triton, conv.x.device)
 
 
-def plan(plain: Callable[[], Tensor], x: Tensor, weight: Tensor, *args) -> Plan:
+def plan(
+    plain: Callable[[], Tensor], native: Native | None, x: Tensor, weight: Tensor, *args
+) -> Plan:
     """Who runs the op.
 
     Args:
         plain: runs it by PyTorch's convolution and the streaming kernels.
+        native: runs the library's CUDA kernel, if there is one.
     """
     if (reason := why_not(x, weight, args[7:11])) is not None:
         return Plan("aten", reason)
@@ -174,7 +178,10 @@ def plan(plain: Callable[[], Tensor], x: Tensor, weight: Tensor, *args) -> Plan:
     def work(way: Way) -> Tensor:
         if way.by == "aten":
             return plain()
+        if way.by == "native":
+            return native(variant(way))
         return conv.cudnn() if way.by == "cudnn" else conv.triton(way)
 
-    key = conv.key(conv.act, conv.residual is not None)
-    return plan_of(key, in_order(conv, conv.rivals()), work, conv.x.device)
+    own = native_ways(native, x, weight, conv.groups)
+    key = conv.key(conv.act, conv.residual is not None, *["native"] * bool(own))
+    return plan_of(key, in_order(conv, [*own, *conv.rivals()]), work, conv.x.device)

@@ -17,6 +17,7 @@ from .implicit_gemm import conv_tile, gemm_tile, part_of, result_tile
 from .launch import REDUCE_PROGRAMS, cdiv, launch, vector
 from .stats import Moments, add_tile, batch_statistics
 from .tile import load_channels, tiles_here
+from .ways import Native, native_ways, variant
 
 # Computes: y = conv(act(a * (x - mean) + bn_bias)) + bias; mean and M2 of a chunk of y's pixels
 # Reads:    x [N, H, W, C] once a block of channels, from the L2 after the first (a 3x3: once a
@@ -112,18 +113,23 @@ def conv_stats(*args) -> tuple[Tensor, Tensor, Tensor]:
     return tuning.run(conv.key(conv.act), conv.ways(), conv.triton, conv.x.device)
 
 
-def plan(plain: Callable[[], tuple], x: Tensor, *args) -> Plan:
+def plan(plain: Callable[[], tuple], native: Native | None, x: Tensor, *args) -> Plan:
     """Who runs the op.
 
     Args:
         plain: runs it by PyTorch's convolution and the streaming kernels.
+        native: runs the library's CUDA kernel, if there is one.
     """
     if (reason := why_not(x, args[7], args[9:13])) is not None:
         return Plan("aten", reason)
     conv = Training(x, *args)
 
     def work(way: Way) -> tuple[Tensor, Tensor, Tensor]:
+        if way.by == "native":
+            return native(variant(way))
         return plain() if way.by == "aten" else conv.triton(way)
 
-    key = conv.key(conv.act, conv.norm[0] is not None, conv.stats)
-    return plan_of(key, in_order(conv, [ATEN]), work, conv.x.device)
+    norm_act = conv.act if conv.norm[0] is not None else None
+    own = native_ways(native, x, args[7], conv.groups, norm_act)
+    key = conv.key(conv.act, conv.norm[0] is not None, conv.stats, *["native"] * bool(own))
+    return plan_of(key, in_order(conv, [*own, ATEN]), work, conv.x.device)

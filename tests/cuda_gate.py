@@ -2,8 +2,10 @@
 
     python tests/cuda_gate.py [ARCH ...]
 
-prints a table and fails on what the kernels must not do: spill registers, or, where they stream
-16-bit activations that are aligned, read or write them one by one. Two files compile at a time.
+prints a table and fails on what the kernels must not do: spill registers; where they stream 16-bit
+activations that are aligned, read or write them one by one; convolve without tensor cores, or, where
+aligned, without asynchronous copies of 16 bytes; on Hopper, without wgmma and tensor copies. Two
+files compile at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ WIDE = {
     "stream_bwd_apply_kernel": 2,
 }
 HALF = ("__half", "__nv_bfloat16")
+# The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
+WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
+# Kernels that only one architecture has, their file, and the instructions that they are about.
+HOPPER, HOPPER_FILE, HOPPER_ARCH = "conv_sm90_kernel", "conv_sm90.cu", "90a"
+HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG", "STG.E.128")
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,12 @@ class Found:
     def instructions(self) -> int:
         return sum(self.counts.values())
 
+    def of(self, kind: str) -> int:
+        """Instructions of a kind: "HMMA" counts HMMA.16816.F32 and its like."""
+        return sum(n for name, n in self.counts.items() if name.startswith(kind + "."))
+
     def widths(self, kind: str) -> dict[str, int]:
-        """Global loads ("LDG") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
+        """Global loads ("LDG", "LDGSTS") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
         found: Counter = Counter()
         for name, n in self.counts.items():
             if name.startswith(kind + "."):
@@ -78,10 +89,13 @@ def tool(name: str) -> str:
 def compiled(cuda, source: Path, arch: str, folder: Path) -> list[Found]:
     cubin = folder / f"{source.stem}.{arch}.cubin"
     command = [cuda.nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA"]
+    command += ["-DFUSEDRES_SM90A"] if arch == HOPPER_ARCH else []
     command += [library.TORCH_TARGET, "-isystem", library.torch_include(), source, "-o", cubin]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for {source.name} sm_{arch}:\n{done.stderr}")
+    if "wgmma" in done.stderr:  # ptxas: it serialised the products
+        raise RuntimeError(f"{source.name} sm_{arch}:\n{done.stderr}")
     path = f"{Path(tool('cuobjdump')).parent}:{os.environ['PATH']}"
     read = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)]
     text = subprocess.run(
@@ -98,8 +112,9 @@ def kernels_in(text: str, arch: str) -> Iterator[Found]:
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for (name, *numbers), told in zip(usage, demangled, strict=True):
+        told = re.sub(r"[\w:]+<(\d+), (\d+)>", r"\1x\2", told)  # tiles
         function = re.search(r"(\w+)(?:<([^<>]*)>)?\(", told)
-        arguments = tuple(re.sub(r"\(\w+\)", "", function[2] or "").split(", "))
+        arguments = tuple(re.sub(r"\([\w:]+\)", "", function[2] or "").split(", "))
         lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", codes[name])
         yield Found(function[1], arguments, arch, *map(int, numbers), Counter(lines))
 
@@ -108,6 +123,12 @@ def failures(found: Found) -> Iterator[str]:
     spills = sum(n for name, n in found.counts.items() if name.startswith(("STL", "LDL")))
     if found.stack or found.local or spills:
         yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
+    if found.kernel in WIDE_CONV:
+        yield from convolution_failures(found)
+    if found.kernel == HOPPER:
+        for name in HOPPER_INSTRUCTIONS:
+            if not any(instruction.startswith(name) for instruction in found.counts):
+                yield f"no {name}"
     at = WIDE.get(found.kernel)
     if at is None or found.arguments[0] not in HALF or found.arguments[at] not in ("true", "1"):
         return
@@ -119,19 +140,35 @@ def failures(found: Found) -> Iterator[str]:
             yield f"{what} of two bytes: {narrow}"
 
 
+def convolution_failures(found: Found) -> Iterator[str]:
+    for instruction in ("HMMA", "LDSM"):
+        if not found.of(instruction):
+            yield f"no {instruction}"
+    if found.arguments[WIDE_CONV[found.kernel]] not in ("true", "1"):
+        return
+    if set(found.widths("LDGSTS")) != {"128"}:
+        yield f"asynchronous copies: wanted 16 bytes each, got {found.widths('LDGSTS')}"
+    stores = {w: n for w, n in found.widths("STG").items() if w not in ("32", "128")}
+    if stores or not found.widths("STG").get("128"):  # 32: the statistics
+        yield f"stores: wanted 16 bytes each, got {found.widths('STG')}"
+
+
 def table(results: list[Found]) -> str:
-    columns = "kernel", "for", "sm", "registers", "shared", "instructions", "loads", "stores"
+    columns = (
+        "kernel", "for", "sm", "registers", "shared", "instructions", "HMMA", "loads", "copies",
+        "stores",
+    )  # fmt: skip
     rows = []
     for f in results:
         told = [
             " ".join(f"{n}x{width}" for width, n in sorted(f.widths(kind).items()))
-            for kind in ("LDG", "STG")
+            for kind in ("LDG", "LDGSTS", "STG")
         ]
         rows.append((
             f.kernel.removesuffix("_kernel"), " ".join(f.arguments), f.arch, str(f.registers),
-            str(f.shared), str(f.instructions), *told,
+            str(f.shared), str(f.instructions), str(f.of("HMMA")), *told,
         ))  # fmt: skip
-    return render(columns, sorted(rows), numeric=columns[3:6])
+    return render(columns, sorted(rows), numeric=columns[3:7])
 
 
 def main() -> int:
@@ -144,6 +181,7 @@ def main() -> int:
             pool.submit(compiled, cuda, source, arch, Path(folder))
             for arch in cuda.archs
             for source in SOURCES
+            if source.name != HOPPER_FILE or arch == HOPPER_ARCH
         ]
         # kernels of a header that several files include are compiled in each: shown once
         unique = {(f.kernel, f.arguments, f.arch): f for job in jobs for f in job.result()}
@@ -154,7 +192,8 @@ def main() -> int:
         print(f"{f.kernel} <{', '.join(f.arguments)}> sm_{f.arch}: {message}")
     seconds = time.monotonic() - start
     print(f"{len(results)} kernels compiled in {seconds:.0f} s, {len(wrong)} failures")
-    missing = WIDE.keys() - {f.kernel for f in results}
+    wanted = WIDE.keys() | WIDE_CONV.keys() | ({HOPPER} if HOPPER_ARCH in cuda.archs else set())
+    missing = wanted - {f.kernel for f in results}
     if missing:
         print(f"no such kernel any more: {', '.join(sorted(missing))}")
     return bool(wrong or missing)

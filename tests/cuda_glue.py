@@ -21,7 +21,7 @@ import torch
 import cuda_host
 import fusedres
 from fusedres import triton_kernels
-from fusedres.ops import bn_act, bn_se_act, residual_mix, squeeze_excite
+from fusedres.ops import bn_act, bn_se_act, conv_bn_act, conv_stats, residual_mix, squeeze_excite
 
 CSRC = cuda_host.ROOT / "csrc"
 SCHEMAS = (
@@ -29,6 +29,7 @@ SCHEMAS = (
     squeeze_excite.SCHEMA, squeeze_excite.BACKWARD_SCHEMA,
     bn_se_act.SCHEMA, bn_se_act.BACKWARD_SCHEMA,
     residual_mix.SCHEMA, residual_mix.BACKWARD_SCHEMA,
+    conv_bn_act.OWN.schema, conv_stats.OWN.schema,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import fusedres
 from cases import DTYPES
 from fusedres import reference, triton_kernels
 from fusedres.layout import mask_shape
+from fusedres.ops.convolution import conv_shape
 from fusedres.ops.squeeze_excite import fake_mlp, fake_mlp_grads
 
 ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish")
@@ -69,6 +70,8 @@ def cases_of(options: Iterable[str]) -> pytest.MarkDecorator:
 
 
 VARIANTS = ("by_size", "streaming", "whole")  # "whole": the op's one-launch form
+TILES = ("by_size", "128x128", "128x64", "64x64")  # variants of the convolutions
+SM90_TILES = ("sm90_64", "sm90_128", "sm90_256")  # and of sm_90a, by their columns
 _variant = 0
 
 
@@ -175,9 +178,53 @@ def bn_se_act_backward(
     return dx, dweight, dbias, dw1, db1, dw2, db2, dresidual
 
 
+def conv_call(op, x, weight, geometry, /, **members):
+    """Launch a convolution's kernels: its operands in NHWC, its result from the geometry."""
+    stride, padding, dilation, groups = geometry
+    y = torch.empty(
+        conv_shape(x, weight, geometry), dtype=x.dtype, memory_format=torch.channels_last
+    )
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    (k, p, q), (c, h, w) = y.shape[1:], x.shape[1:]
+    pairs = dict(stride=stride, pad=padding, dilation=dilation)
+    sizes = {f"{name}_{d}": pair[i] for name, pair in pairs.items() for i, d in enumerate("hw")}
+    cuda_host.call(
+        op, "forward", x, variant=_variant, c=c, h=h, w=w, p=p, q=q, k=k, groups=groups,
+        kh=weight.shape[2], kw=weight.shape[3], x=x, weight=weight, y=y, **sizes, **members,
+    )  # fmt: skip
+    return y
+
+
+def conv_bn_act(
+    x, weight, bias, residual, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation,
+    groups, act,
+):  # fmt: skip
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    params = dict(bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
+    return conv_call(
+        "conv_bn_act", x, weight, (stride, padding, dilation, groups), eps=eps,
+        act=ACTS.index(act), residual=residual, **{n: acc(x, t) for n, t in params.items()},
+    )  # fmt: skip
+
+
+def conv_stats(
+    x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, weight, bias, stride, padding,
+    dilation, groups, stats,
+):  # fmt: skip
+    params = dict(bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
+    found = [torch.empty(weight.shape[0] if stats else 0) for _ in range(2)]
+    y = conv_call(
+        "conv_stats", x, weight, (stride, padding, dilation, groups), eps=eps,
+        act=ACTS.index(act), y_mean=given(found[0]), y_var=given(found[1]),
+        **{n: acc(x, t) for n, t in params.items()},
+    )  # fmt: skip
+    return y, *found
+
+
 _OPS = (
     residual_mix, residual_mix_backward, bn_stats, bn_act, bn_act_backward, squeeze_excite,
-    squeeze_excite_backward, bn_se_act, bn_se_act_backward,
+    squeeze_excite_backward, bn_se_act, bn_se_act_backward, conv_bn_act, conv_stats,
 )  # fmt: skip
 LAUNCHERS = {f.__name__: f for f in _OPS}
 
@@ -189,7 +236,8 @@ def cuda_on_host(*, variant: str = "by_size", **machine) -> Iterator[list[str]]:
     ``variant`` is that of ops with several; ``machine`` as for ``cuda_host.machine``.
     """
     global _variant
-    _variant = VARIANTS.index(variant)
+    tiles = *TILES, *SM90_TILES
+    _variant = (tiles if variant in tiles else VARIANTS).index(variant)
     replaced = mock.patch.multiple(
         triton_kernels,
         has=LAUNCHERS.__contains__,

@@ -46,10 +46,36 @@ def machine(monkeypatch):
 
 def test_a_covered_gpu_runs_natively(machine, recwarn):
     machine()
-    for op in ("bn_act", "bn_se_act_backward", "residual_mix", "conv_stats", "conv_bn_act"):
+    for op in ("bn_act", "bn_se_act_backward", "residual_mix"):
         assert dispatch.choose(op, on()) == dispatch.Choice("native")
     assert dispatch.choose("bn_act", on(dtype=torch.float64)).backend == "native"
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("op", ["conv_stats", "conv_bn_act"])
+@pytest.mark.parametrize("triton", ["3.7.1", None])
+def test_convolutions_are_measured_by_triton_and_without_it_native(op, triton, machine, recwarn):
+    machine(triton=triton)
+    measured = dispatch.Choice("triton", "native: Triton's timer measures who convolves")
+    assert dispatch.choose(op, on()) == (measured if triton else dispatch.Choice("native"))
+    with fusedres.backend("native"):
+        assert dispatch.choose(op, on()) == dispatch.Choice("native")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("found,x,forced,wanted", [
+    (dict(), on(), "auto", None),
+    (dict(), on(), "native", None),
+    (dict(), on(), "triton", "the triton backend was asked for"),
+    (dict(), on("cpu"), "auto", "runs on NVIDIA GPUs, x is on cpu"),
+    (dict(without=("conv_stats",)), on(), "auto", "there is no CUDA kernel for conv_stats"),
+    (dict(inside=None), on(), "auto", "the library holds CPU kernels"),
+], ids=str)  # fmt: skip
+def test_why_the_own_kernel_of_a_convolution_cannot_run(found, x, forced, wanted, machine):
+    machine(**found)
+    with fusedres.backend(forced):
+        reason = dispatch.own_kernel_reason("conv_stats", x)
+    assert reason is None if wanted is None else wanted in reason
 
 
 @pytest.mark.parametrize("found,x,wanted", [

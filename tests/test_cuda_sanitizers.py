@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ import torch
 import cuda_host
 import test_bn_act as bn
 import test_bn_se_act as bnse
+import test_conv_bn_act as inference
+import test_conv_stats as training
+import test_cuda_conv as conv
 import test_residual_mix as mix
 import test_squeeze_excite as se
-from cases import misaligned
+from cases import Conv, misaligned
 from cuda_host import SIMULATOR
 from cuda_ops import cuda_on_host
 from harness import gradients
@@ -62,17 +66,44 @@ def run_bn_se_act(shape, layout, dtype):
     gradients(bnse.fused(), tensors, constants=bnse.CONSTANTS)
 
 
+# Whole packs and packs that are not, taps outside of the image, two tiles and groups.
+CONVS = {
+    "asan": [
+        Conv((2, 16, 6, 5), (24, 16, 3, 3), stride=(2, 1), bias=True),
+        Conv((1, 40, 9, 8), (72, 40, 1, 1), padding=(0, 0)),
+        Conv((1, 10, 5, 4), (14, 5, 3, 3), groups=2),
+    ],
+    "tsan": [Conv((1, 16, 5, 4), (8, 16, 3, 3))],
+}
+
+
+def run_conv_bn_act(case):
+    conv.infer(case, "relu6", inference.tensors_of(case, torch.bfloat16))
+
+
+def run_conv_stats(case):
+    conv.train(case, "relu", training.tensors_of(case, torch.bfloat16, bn="running"))
+    conv.train(case, "relu", training.tensors_of(case, torch.bfloat16, bn=None), stats=False)
+
+
 OPS = {
     "residual_mix": run_residual_mix,
     "bn_act": run_bn_act,
     "squeeze_excite": run_squeeze_excite,
     "bn_se_act": run_bn_se_act,
+    "conv_bn_act": run_conv_bn_act,
+    "conv_stats": run_conv_stats,
 }
 HAVE_VARIANTS = (run_bn_act, run_squeeze_excite)
 
 
 def recorded(run: Callable, flavour: str) -> list[bytes]:
     with cuda_host.record() as recording:
+        if run in (run_conv_bn_act, run_conv_stats):
+            for case in CONVS[flavour]:
+                with cuda_on_host():
+                    run(case)
+            return recording.calls
         for variant in ("streaming", "by_size"):
             with cuda_on_host(variant=variant):
                 for shape, layout, dtype in SHAPES[flavour]:
@@ -81,10 +112,8 @@ def recorded(run: Callable, flavour: str) -> list[bytes]:
     return recording.calls
 
 
-@pytest.mark.parametrize("flavour", ["asan", "tsan"])
-@pytest.mark.parametrize("op", OPS)
-def test_sanitizers_find_nothing(op, flavour, tmp_path):
-    calls = recorded(OPS[op], flavour)
+def replay(op: str, calls: list[bytes], flavour: str, tmp_path: Path) -> None:
+    """Run the calls in every order under the sanitizer, which must find nothing."""
     (tmp_path / "calls").write_bytes(b"".join(calls))
     sources = [SIMULATOR / "replay.cpp", SIMULATOR / "ops" / f"{op}.cpp"]
     command = cuda_host.program(f"replay.{op}", sources, flavour)
@@ -93,3 +122,9 @@ def test_sanitizers_find_nothing(op, flavour, tmp_path):
         [*command, tmp_path / "calls"], capture_output=True, text=True, env=environment
     )
     assert (done.returncode, done.stdout) == (0, f"{len(calls)} calls\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("op", OPS)
+def test_sanitizers_find_nothing(op, flavour, tmp_path):
+    replay(op, recorded(OPS[op], flavour), flavour, tmp_path)

@@ -11,7 +11,9 @@ import cuda_host
 from cuda_host import ORDERS, SIMULATOR
 
 RIGHT = ("row_sum", "matmul", "named_barriers", "atomics", "shuffles", "votes", "through_shared",
-         "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring")  # fmt: skip
+         "mma_bfloat16", "mma_float16", "grid_sum", "cluster_sum", "ring", "async_ring",
+         "matrices", "wgmma_bfloat16", "wgmma_float16", "wgmma_256", "im2col_3x3",
+         "im2col_strided")  # fmt: skip
 
 # A planted bug, the order it is run in, and what the simulator says of it.
 STOPPED = {
@@ -30,6 +32,15 @@ STOPPED = {
     "ring_without_full_wait": ("forward", "mbarrier: more arrivals than expected in one phase"),
     "ring_with_wrong_phase": ("forward", "mbarrier: more arrivals than expected in one phase"),
     "ring_without_arrival": ("forward", "deadlock: 65 at mbarrier_wait"),
+    "async_ring_misaligned": ("forward", "copy_async: wanted addresses that are multiples of 16"),
+    "wgmma_without_full_wait": ("forward", "a copy overwrites shared memory that a wgmma still reads"),
+    "wgmma_early_release": ("forward", "a copy overwrites shared memory that a wgmma still reads"),
+    "wgmma_without_fence": ("random", "has not called wgmma_fence in this group"),
+    "wgmma_writes_in_flight": ("forward", "wgmma: thread 0,0,0 of block 0,0,0 wrote to an accumulator in use"),
+    "wgmma_wrong_stride": ("forward", "wgmma reads shared memory that a copy has yet to fill"),
+    "wgmma_thread_missing": ("random", "some threads of the warpgroup did not start a product"),
+    "copy_beyond_shared": ("forward", "a copy: bytes 32768 to 40960 are in no array of the block's shared memory"),
+    "misaligned_map": ("forward", "stopped: invalid argument"),
 }  # fmt: skip
 # Found by their values: poison, or what another thread has not written yet.
 WRONG = {
@@ -38,6 +49,14 @@ WRONG = {
     "matmul_without_barrier": "forward",
     "matmul_without_second_barrier": "forward",
     "grid_sum_without_sync": "forward",
+    "async_ring_without_wait": "forward",
+    "async_ring_waits_for_one_less": "forward",
+    "async_ring_without_commit": "forward",
+    "async_ring_without_barrier": "forward",
+    "async_ring_overtakes_its_readers": "forward",
+    "wgmma_without_wait": "forward",
+    "wgmma_without_operand_step": "forward",
+    "im2col_without_wait": "forward",
 }
 # Found by AddressSanitizer or UndefinedBehaviorSanitizer, and the file they name.
 OUT_OF_BOUNDS = {
@@ -45,6 +64,7 @@ OUT_OF_BOUNDS = {
     "matmul_one_behind": ("heap-buffer-overflow", "blocks.cpp"),  # dynamic shared memory
     "static_overrun": ("index 32 out of bounds for type", "blocks.cpp"),
     "misaligned_vector": ("misaligned address", "blocks.cpp"),
+    "copy_beyond_tensor": ("heap-buffer-overflow", "tensor_maps.cpp"),
 }
 # Found by ThreadSanitizer, whatever the values were.
 RACES = {
@@ -55,6 +75,9 @@ RACES = {
     "race_of_blocks": "blocks.cpp",
     "shuffle_as_barrier": "warps.cpp",
     "grid_sum_without_sync": "grids.cpp",
+    "async_ring_without_barrier": "copies.cpp",
+    "async_ring_overtakes_its_readers": "copies.cpp",
+    "im2col_without_wait": "hopper.cpp",
 }
 
 

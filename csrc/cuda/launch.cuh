@@ -124,12 +124,18 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// Calls function<scalar_t>(...) for the scalar type of a Dtype.
+// Calls function<scalar_t>(...) for the scalar type of a Dtype; BY_HALF has those of 16 bits only.
 #if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
   ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
                                    : function<__nv_bfloat16>(__VA_ARGS__))
+#define FUSEDRES_BY_HALF(dtype, function, ...) \
+  ((dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) : cudaErrorNotSupported)
 #else
+#define FUSEDRES_BY_HALF(dtype, function, ...)                              \
+  ((dtype) == ::fusedres::kBFloat16  ? function<__nv_bfloat16>(__VA_ARGS__) \
+   : (dtype) == ::fusedres::kFloat16 ? function<__half>(__VA_ARGS__)        \
+                                     : cudaErrorNotSupported)
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \
    : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \

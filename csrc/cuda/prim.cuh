@@ -141,6 +141,88 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 #endif
 }
 
+// --- asynchronous copies: PTX ISA 9.7.9.25.3. They are there for the thread that made them once it
+// has waited for their group, and for others behind a barrier after that.
+
+// 16 bytes from global to shared memory, both addresses multiples of 16; zeros if not `there`.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  sim::copy_async(shared, global, 16, there ? 16 : 0);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+#endif
+}
+
+// Closes the group of the copies since the last one.
+__device__ __forceinline__ void copy_async_commit() {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  sim::copy_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all of this thread's groups but the kLeft last ones.
+template <int kLeft>
+__device__ __forceinline__ void copy_async_wait() {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  sim::copy_async_wait(kLeft);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// --- conversions
+
+// Two values rounded to 16 bits each, the first in the lower half.
+__device__ __forceinline__ uint32_t two_of(float low, float high, __nv_bfloat16) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits)
+                                             << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
+__device__ __forceinline__ uint32_t two_of(float low, float high, __half) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
+// 16 bytes to global memory in one access: of a plain uint4, nvcc 13.0 may make four.
+__device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[4]) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  *static_cast<uint4*>(global) = uint4{words[0], words[1], words[2], words[3]};
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#endif
+}
+
+// --- matrices: PTX ISA 9.7.14.5.15. Lane 8 * i + r has the address of row r of matrix i, eight
+// 16-bit elements; word i of lane 4 * r + t becomes elements 2 * t and 2 * t + 1 of that row.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  const uint4 mine = *static_cast<const uint4*>(row);
+  sim::load_matrices(words, {mine.x, mine.y, mine.z, mine.w});
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
 // --- tensor cores: d += a [16, 16] * b [16, 8], fragments as in PTX ISA 9.7.14.5.8
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],

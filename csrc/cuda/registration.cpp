@@ -18,4 +18,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) {
   m.impl("bn_se_act_backward", TORCH_BOX(&fusedres::cuda::bn_se_act_backward));
   m.impl("residual_mix", TORCH_BOX(&fusedres::cuda::residual_mix));
   m.impl("residual_mix_backward", TORCH_BOX(&fusedres::cuda::residual_mix_backward));
+  m.impl("conv_bn_act", TORCH_BOX(&fusedres::cuda::conv_bn_act));
+  m.impl("conv_stats", TORCH_BOX(&fusedres::cuda::conv_stats));
 }

@@ -2,8 +2,8 @@
 
 On a CPU the call is oneDNN's, through PyTorch's own ``mkldnn`` ops, on weights that batch norm was
 folded into and that were packed once (``packing``). What oneDNN's fused call cannot do is done in
-two calls, with a reason that ``fusedres.explain`` shows. On a GPU it is one Triton kernel, cuDNN's
-fusion or those two calls (kernels/conv_bn_act.py).
+two calls, with a reason that ``fusedres.explain`` shows. On a GPU it is one kernel, of Triton or of
+the library, cuDNN's fusion or those two calls (kernels/conv_bn_act.py).
 
 oneDNN's fused ReLU turns NaN into 0 where PyTorch's keeps it: with NaN in the input or the weights
 an inference result can differ from eager's.
@@ -19,13 +19,18 @@ from ..dispatch import Choice, forced_backend
 from ..layout import conv_memory_format, dense
 from . import bn_act
 from .convolution import conv_flops, conv_numel, convolution, onednn_has, upcasts
-from .define import Traffic, define, numel_bytes, transformed
+from .define import OwnKernel, Traffic, define, numel_bytes, transformed
 from .packing import folded_and_packed
 
 SCHEMA = (
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight,"
     " Tensor? bn_bias, Tensor mean, Tensor var, float eps, int[] stride, int[] padding,"
     " int[] dilation, int groups, str act) -> Tensor"
+)
+
+OWN = OwnKernel(
+    SCHEMA.replace(") ->", ", int variant) ->"),
+    convolution=lambda x, weight, *args: (x, weight, args[7:11]),
 )
 
 # oneDNN's name, scalars and algorithm of each activation.
@@ -138,4 +143,5 @@ op = define(
     setup_context=lambda ctx, inputs, output: None,
     traffic=_traffic,
     fused_traffic=_traffic,
+    own=OWN,
 )

@@ -17,13 +17,19 @@ from ..layout import dense
 from . import bn_act
 from .bn_act import fake_stats
 from .convolution import conv_flops, conv_numel, convolution, convolution_backward
-from .define import Traffic, by_reference, define, numel_bytes, vjp
+from .define import OwnKernel, Traffic, by_reference, define, numel_bytes, vjp
 
 SCHEMA = (
     "conv_stats(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var,"
     " bool batch_stats, float eps, str act, Tensor weight, Tensor? bias, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool stats)"
     " -> (Tensor y, Tensor y_mean, Tensor y_var)"
+)
+
+
+OWN = OwnKernel(
+    SCHEMA.replace(") ->", ", int variant) ->"),
+    convolution=lambda *args: (args[0], args[8], args[10:14]),
 )
 
 
@@ -140,5 +146,6 @@ op = define(
     backward=_backward,
     setup_context=_setup_context,
     traffic=Traffic(bytes_moved, eager_bytes=bytes_moved, flops=flops),
-    fused_traffic=Traffic(bytes_moved, eager_bytes=fused_eager_bytes, flops=flops),
+    fused_traffic=Traffic(bytes_moved, eager_bytes=fused_eager_bytes, flops=flops, launches=2),
+    own=OWN,
 )

@@ -38,6 +38,14 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class OwnKernel:
+    """The library's CUDA kernel of a composed op, a convolution."""
+
+    schema: str  # the op's, with ``int variant`` behind it
+    convolution: Callable[..., tuple]  # x, weight and geometry among the op's arguments
+
+
+@dataclass(frozen=True)
 class Op:
     """A defined op, to be called with positional arguments.
 
@@ -80,6 +88,7 @@ def define(
     traffic: Traffic | None = None,
     composed: Callable | None = None,
     fused_traffic: Traffic | None = None,
+    own: OwnKernel | None = None,
     describe: Callable[..., dispatch.Choice] | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
@@ -94,26 +103,30 @@ def define(
         traffic: Memory traffic and flops as functions of the op's arguments.
         composed: For an op that is a composition of others: runs it on every backend.
         fused_traffic: Its traffic where one kernel does what other ops do in the composition.
+        own: For a composed op: the library's CUDA kernel that does all of it.
         describe: For a composed op: what carries it out for these arguments, and why no better.
         backward, setup_context: The autograd formula, as for ``torch.library.register_autograd``.
     """
     name = schema.partition("(")[0]
     _public.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     native = None
-    if composed is None:
-        _native.define(schema)
+    if composed is None or own is not None:
+        _native.define(schema if own is None else own.schema)
         native = getattr(torch.ops.fusedres_native, name)
 
-    spec = _Spec(name, traffic, composed, fused_traffic, reference)
+    spec = _Spec(name, traffic, composed, fused_traffic, reference, own, native)
 
     def run(*args):
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
-        if dispatch.observed() and traffic is not None and not on_triton:
+        natively = own is not None and choice.backend == "native" and x.device.type == "cuda"
+        if dispatch.observed() and traffic is not None and not (on_triton or natively):
             dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
         if on_triton:
             kernel = partial(_on_triton, spec, choice)
+        elif natively:
+            kernel = partial(_natively, spec, run)
         elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
@@ -163,13 +176,33 @@ def _launched(native: Callable, run: Callable, name: str, x: Tensor, *args):
 
 @dataclass(frozen=True)
 class _Spec:
-    """What ``_on_triton`` needs of an op: ``define``'s arguments."""
+    """What ``_on_triton`` and ``_natively`` need of an op: ``define``'s arguments."""
 
     name: str
     traffic: Traffic | None
     composed: Callable | None
     fused_traffic: Traffic | None
     reference: Callable | None
+    own: OwnKernel | None
+    native: Callable | None
+
+    def own_kernel(self, args: tuple) -> tuple[Callable[[int], object] | None, str | None]:
+        """Runs a composed op's own CUDA kernel in a variant; or None, and why it cannot run."""
+        reason = dispatch.own_kernel_reason(self.name, args[0])
+        return (partial(self.native, *args) if reason is None else None), reason
+
+
+def _natively(op: _Spec, run: Callable, *args):
+    """A composed op's own CUDA kernel or its composition, and tell the observers which."""
+    kernel, reason = op.own_kernel(args)
+    by_name = dispatch.forced_backend() == "native"
+    plan = triton_kernels.ways().native_plan(kernel, reason, *op.own.convolution(*args), by_name)
+    if dispatch.observed():
+        traffic = op.traffic if plan.run is None else op.fused_traffic
+        dispatch.notify(_event(op.name, traffic, dispatch.Choice(plan.by, plan.why), args))
+    if plan.run is None:
+        return op.composed(*args)
+    return _launched(lambda *_: plan.run(), run, op.name, args[0], *args)
 
 
 def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
@@ -178,7 +211,8 @@ def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
     if op.composed is None:
         kernel = partial(triton_kernels.launcher(op.name), *args)
     else:
-        plan = triton_kernels.plan(op.name, partial(_unobserved, op.composed, *args), args)
+        plain = partial(_unobserved, op.composed, *args)
+        plan = triton_kernels.plan(op.name, plain, op.own_kernel(args)[0], args)
         choice, kernel = dispatch.Choice(plan.by, plan.why), plan.run
         traffic = op.traffic if kernel is None else op.fused_traffic
     if kernel is None:  # its parts speak for themselves

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sim/atomics.h"
+#include "sim/hopper.h"
 #include "sim/intrinsics.h"
 #include "sim/launch.h"
 #include "sim/runtime.h"

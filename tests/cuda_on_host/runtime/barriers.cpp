@@ -3,9 +3,8 @@
 #include "state.h"
 
 namespace sim {
-namespace {
 
-void meet(Barrier* barrier, size_t threads, const Site& site) {
+void meet(Barrier* barrier, size_t threads, const Site& site, bool orders) {
   Unseen quiet;
   if (!barrier->waiting.empty() && !(barrier->site == site)) {
     fail("divergent barrier: " + place(*state.current) + " is at " + site.text() + ", " +
@@ -14,15 +13,17 @@ void meet(Barrier* barrier, size_t threads, const Site& site) {
   Token& token = barrier->tokens[barrier->phase & 1];
   barrier->site = site;
   barrier->waiting.push_back(state.current);
-  token.release();
+  if (orders) token.release();
   if (barrier->waiting.size() == threads) {
     ++barrier->phase;
     for (Fiber* fiber : barrier->waiting) wake(fiber);
     barrier->waiting.clear();
   }
   wait(site);
-  token.acquire();
+  if (orders) token.acquire();
 }
+
+namespace {
 
 void check_all_alive(const Block& block, const Site& site) {
   if (block.alive == block.fibers.size()) return;

@@ -40,6 +40,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorLaunchFailure:
       return "unspecified launch failure";
     case cudaErrorCooperativeLaunchTooLarge:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../include/sim/hopper.h"
 #include "state.h"
 
 namespace sim {
@@ -58,13 +59,31 @@ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
   if (bytes <= 0 || bytes % 16 != 0 || !aligned(shared) || !aligned(global)) {
     fail("bulk_copy: wanted addresses and a size that are multiples of 16 bytes");
   }
-  find(barrier, "bulk_copy");
-  state.copies.push_back(
-      {shared, global, bytes, state.current->block, barrier, std::make_unique<Token>()});
+  start_copy(static_cast<char*>(shared), static_cast<size_t>(bytes), barrier, [=] {
+    Seen copying;
+    std::memcpy(shared, global, static_cast<size_t>(bytes));
+  });
+}
+
+// From now until it lands, what is there is undefined.
+void start_copy(char* to, size_t bytes, uint64_t* barrier, std::function<void()> write) {
+  Block* block = state.current->block;
+  find(barrier, "a copy");
+  check_not_multiplied(*block, to, bytes);
+  shared_at(*block, shared_address(to), bytes, "a copy");
+  std::memset(to, 0xff, bytes);
+  state.copies.push_back({to, bytes, std::move(write), block, barrier, std::make_unique<Token>()});
   state.copies.back().issued->release();
   if (state.order != Order::kReverse) return;
   wake(state.current);  // behind the copy: the scheduler lands it first
-  wait({"bulk_copy"});
+  wait({"a copy"});
+}
+
+void check_no_copy_to(const Block& block, const char* from, size_t bytes) {
+  for (const BulkCopy& copy : state.copies) {
+    if (copy.block != &block || from + bytes <= copy.to || copy.to + copy.bytes <= from) continue;
+    fail("wgmma reads shared memory that a copy has yet to fill");
+  }
 }
 
 // Called by the scheduler; for ThreadSanitizer the copy is an access of the scheduler's.
@@ -74,12 +93,9 @@ bool land_a_copy() {
   state.copies.pop_front();
   Mbarrier& m = copy.block->mbarriers[copy.barrier];
   copy.issued->acquire();
-  {
-    Seen copying;
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-  }
+  copy.write();
   m.tokens[m.phase].release();
-  m.bytes -= copy.bytes;
+  m.bytes -= static_cast<int>(copy.bytes);
   end_phase_if_complete(&m);
   return true;
 }

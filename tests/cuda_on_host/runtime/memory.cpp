@@ -1,8 +1,10 @@
 // Shared memory: an allocation of its own for every array of every block, so that AddressSanitizer
 // sees its bounds, poisoned with NaN, and gone when the block has returned.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
+#include "../include/sim/hopper.h"
 #include "state.h"
 
 namespace sim {
@@ -21,8 +23,32 @@ void* find_shared(const void* key, size_t bytes, const char* name) {
   void* data = nullptr;
   if (posix_memalign(&data, 1024, bytes) != 0) fail("no memory for shared memory");
   std::memset(data, 0xff, bytes);
-  block->shared.push_back({key, static_cast<char*>(data), bytes, name});
+  // a page apart, so that an address beyond an array is in none
+  uint64_t address = 0;
+  for (const SharedArray& array : block->shared) {
+    address = std::max(address, (array.address + array.bytes + 2047) / 1024 * 1024);
+  }
+  block->shared.push_back({key, static_cast<char*>(data), bytes, name, address});
   return data;
+}
+
+uint64_t shared_address(const void* shared) {
+  const char* at = static_cast<const char*>(shared);
+  for (const SharedArray& array : state.current->block->shared) {
+    if (at >= array.data && at < array.data + array.bytes) {
+      return array.address + static_cast<uint64_t>(at - array.data);
+    }
+  }
+  fail("shared_address: the address is not in this block's shared memory");
+}
+
+char* shared_at(const Block& block, uint64_t address, size_t bytes, const char* what) {
+  for (const SharedArray& array : block.shared) {
+    if (address < array.address || address + bytes > array.address + array.bytes) continue;
+    return array.data + (address - array.address);
+  }
+  fail(std::string(what) + ": bytes " + std::to_string(address) + " to " +
+       std::to_string(address + bytes) + " are in no array of the block's shared memory");
 }
 
 void* dynamic_shared() {

@@ -17,6 +17,7 @@
 namespace sim {
 
 struct Block;
+struct Warpgroup;  // warpgroups.cpp
 
 // The stack and registers of a fiber, or of the scheduler.
 struct Context {
@@ -46,6 +47,14 @@ struct Exchanged {
   int argument = 0, width = 32;
 };
 
+// A copy of a thread's that has not landed.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  size_t bytes, bytes_there;
+  int group;
+};
+
 struct Fiber {
   Context context;
   Block* block = nullptr;
@@ -54,6 +63,8 @@ struct Fiber {
   bool done = false;
   Site waits_at;
   Exchanged lane;
+  std::deque<AsyncCopy> copies;
+  int group = 0;  // that copies belong to now
 };
 
 // A barrier between `waiting.size()` and the next multiple of its threads. Arrivals of two phases
@@ -87,6 +98,7 @@ struct SharedArray {
   char* data;
   size_t bytes;
   std::string name;
+  uint64_t address;  // in the block's shared memory
 };
 
 struct Cluster {
@@ -105,18 +117,20 @@ struct Block {
   size_t alive = 0;
   std::vector<SharedArray> shared;
   std::map<uint64_t*, Mbarrier> mbarriers;
+  std::map<unsigned, std::shared_ptr<Warpgroup>> warpgroups;  // by first thread
 };
 
+// A copy by the copy engine.
 struct BulkCopy {
-  void* to;
-  const void* from;
-  int bytes;
+  char* to;
+  size_t bytes;
+  std::function<void()> write;
   Block* block;
   uint64_t* barrier;
   std::unique_ptr<Token> issued;
 };
 
-// Forward lets bulk copies land as late as the program allows, reverse as early, random between.
+// Forward lets copies land as late as the program allows, reverse as early, random between.
 enum class Order { kForward, kReverse, kRandom };
 
 struct State {
@@ -156,8 +170,15 @@ std::string place(const Fiber& fiber);
 // --- memory.cpp, mbarriers.cpp, barriers.cpp, warps.cpp
 void free_shared(Block* block);
 bool land_a_copy();
+void start_copy(char* to, size_t bytes, uint64_t* barrier, std::function<void()> write);
+void check_not_multiplied(const Block& block, const char* from, size_t bytes);
+void check_no_copy_to(const Block& block, const char* from, size_t bytes);
+// The block's shared memory at this address; what: who reads or writes it, for the message.
+char* shared_at(const Block& block, uint64_t address, size_t bytes, const char* what);
+// All threads of a barrier come to it, at the same site. It orders their accesses, if asked to.
+void meet(Barrier* barrier, size_t threads, const Site& site, bool orders = true);
 void check_no_one_waits_for(const Fiber& finished);
 // All 32 lanes give a value; the last to come calls finish with them.
-void collect(uint64_t value, const std::function<void(const uint64_t*)>& finish);
+void collect(const char* name, uint64_t value, const std::function<void(const uint64_t*)>& finish);
 
 }  // namespace sim

@@ -1,4 +1,5 @@
-// mma.m16n8k16: the lanes' fragments are put together, multiplied, and handed out again.
+// mma.m16n8k16: the lanes' fragments are put together, multiplied, and handed out again. ldmatrix:
+// their rows are.
 #include <cstring>
 
 #include "../include/cuda_bf16.h"
@@ -47,10 +48,23 @@ void multiply(const Fragments (&lanes)[32], bool bfloat16) {
 
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16) {
   const Fragments mine{d, a, b};
-  collect(reinterpret_cast<uintptr_t>(&mine), [bfloat16](const uint64_t* values) {
+  collect("mma", reinterpret_cast<uintptr_t>(&mine), [bfloat16](const uint64_t* values) {
     Fragments lanes[32];
     for (int i = 0; i < 32; ++i) lanes[i] = *reinterpret_cast<const Fragments*>(values[i]);
     multiply(lanes, bfloat16);
+  });
+}
+
+void load_matrices(uint32_t (&words)[4], const uint4& row) {
+  struct Mine {
+    uint32_t* words;
+    uint32_t row[4];
+  } const mine{words, {row.x, row.y, row.z, row.w}};
+  collect("ldmatrix", reinterpret_cast<uintptr_t>(&mine), [](const uint64_t* values) {
+    const auto lane = [values](int i) { return reinterpret_cast<const Mine*>(values[i]); };
+    for (int i = 0; i < 32; ++i) {
+      for (int m = 0; m < 4; ++m) lane(i)->words[m] = lane(8 * m + i / 4)->row[i % 4];
+    }
   });
 }
 

@@ -157,9 +157,9 @@ void warp_barrier(unsigned mask) {
   token.acquire();
 }
 
-void collect(uint64_t value, const std::function<void(const uint64_t*)>& finish) {
-  exchange(~0u, "mma", {value, 0, 0, 32}, [&finish](const Lanes& lanes) {
-    if (lanes.mask != ~0u) fail("mma: wanted a whole warp");
+void collect(const char* name, uint64_t value, const std::function<void(const uint64_t*)>& finish) {
+  exchange(~0u, name, {value, 0, 0, 32}, [&](const Lanes& lanes) {
+    if (lanes.mask != ~0u) fail(std::string(name) + ": wanted a whole warp");
     uint64_t values[32];
     for (int i = 0; i < 32; ++i) values[i] = lanes[i].value;
     finish(values);

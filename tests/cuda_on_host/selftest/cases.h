@@ -13,13 +13,16 @@ struct Case {
   cudaError_t (*run)(bool* right);
 };
 
-std::vector<Case> block_cases();  // blocks.cpp: barriers, shared and global memory, atomics
-std::vector<Case> warp_cases();   // warps.cpp: shuffles, votes, reductions, mma
-std::vector<Case> wide_cases();   // grids.cpp: grids, clusters, mbarriers
+std::vector<Case> block_cases();   // blocks.cpp: barriers, shared and global memory, atomics
+std::vector<Case> warp_cases();    // warps.cpp: shuffles, votes, reductions, mma
+std::vector<Case> copy_cases();    // copies.cpp: cp.async, ldmatrix
+std::vector<Case> wide_cases();    // grids.cpp: grids, clusters, mbarriers
+std::vector<Case> hopper_cases();  // hopper.cpp: tensor copies, wgmma
 
 inline std::vector<Case> all_cases() {
   std::vector<Case> all;
-  for (const auto& part : {block_cases(), warp_cases(), wide_cases()}) {
+  for (const auto& part :
+       {block_cases(), warp_cases(), copy_cases(), wide_cases(), hopper_cases()}) {
     all.insert(all.end(), part.begin(), part.end());
   }
   return all;

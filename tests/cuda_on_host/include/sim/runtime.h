@@ -43,7 +43,11 @@ unsigned warp_ballot(unsigned mask, bool predicate);
 unsigned warp_reduce(unsigned mask, unsigned value, Reduce kind);
 unsigned active_lanes();
 
-// --- mbarriers, bulk copies and tensor cores: see csrc/cuda/prim.cuh
+// --- copies, mbarriers and tensor cores: see csrc/cuda/prim.cuh
+void copy_async(void* shared, const void* global, int bytes, int bytes_there);
+void copy_async_commit();
+void copy_async_wait(int groups_left);
+void load_matrices(uint32_t (&words)[4], const uint4& row);
 void mbarrier_init(uint64_t* barrier, int arrivals);
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes);
 void mbarrier_wait(uint64_t* barrier, int parity);
