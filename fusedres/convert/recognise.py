@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from . import huggingface, plain, plain_residuals, sequential, timm, torchvision
+from . import huggingface, plain, plain_residuals, sequential, timm, torchvision, transformer
 from .recipe import Recipe, recipe_of
 
 FUSING: tuple[Recipe, ...] = (
@@ -14,6 +14,7 @@ FUSING: tuple[Recipe, ...] = (
     *timm.RECIPES,
     *huggingface.RECIPES,
     *sequential.RECIPES,
+    *transformer.RECIPES,
 )
 UNFUSING: tuple[Recipe, ...] = (*plain.RECIPES, *plain_residuals.RECIPES)
 
