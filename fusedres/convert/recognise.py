@@ -6,12 +6,22 @@ from collections import Counter
 
 from torch import nn
 
-from . import huggingface, plain, plain_residuals, sequential, timm, torchvision, transformer
+from . import (
+    huggingface,
+    plain,
+    plain_residuals,
+    resnetv2,
+    sequential,
+    timm,
+    torchvision,
+    transformer,
+)
 from .recipe import Recipe, recipe_of
 
 FUSING: tuple[Recipe, ...] = (
     *torchvision.RECIPES,
     *timm.RECIPES,
+    *resnetv2.RECIPES,
     *huggingface.RECIPES,
     *sequential.RECIPES,
     *transformer.RECIPES,
