@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from . import (
+    efficientnet,
     huggingface,
     plain,
     plain_residuals,
@@ -22,6 +23,7 @@ FUSING: tuple[Recipe, ...] = (
     *torchvision.RECIPES,
     *timm.RECIPES,
     *resnetv2.RECIPES,
+    *efficientnet.RECIPES,
     *huggingface.RECIPES,
     *sequential.RECIPES,
     *transformer.RECIPES,

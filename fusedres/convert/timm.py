@@ -100,12 +100,18 @@ def _residual_block(
     promotes: bool = False,
 ) -> Tensor:
     """The end that timm's blocks share: drop path, shortcut, activation."""
-    drop_path, scale = active(block.drop_path), None
-    if drop_path is not None and is_drop_path(drop_path):
-        scale, drop_path = row_scale(drop_path), None
+    drop_path, scale = drops_of(block)
     body = (*body, drop_path)
     branch = dict(row_scale=scale, promotes=promotes)
     return residual_block(x, body, skip=block.downsample, act=act, **branch)
+
+
+def drops_of(block: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
+    """A block's drop path: as a module that must run, or as what draws the samples' factors."""
+    drop_path = active(block.drop_path)
+    if drop_path is not None and is_drop_path(drop_path):
+        return None, row_scale(drop_path)
+    return drop_path, None
 
 
 def is_drop_path(module: nn.Module) -> bool:
