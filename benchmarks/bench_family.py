@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import fusedres
 
-from .cases import SHORT
-from .model_cases import Work, training_case
+from .model_cases import Work
 from .plain import import_torchvision
-from .suites import BATCH, FP32, Spec, params
+from .suites import BATCH, params, systems
 
 CHANNELS, SIZE = 64, 56
 
@@ -108,20 +107,11 @@ SYSTEMS = {
 }
 
 
-def _specs() -> list[Spec]:
+def _works() -> list[Work]:
     x = BATCH["cpu"], CHANNELS, SIZE, SIZE
-    found = []
-    for name, (plain, fused) in SYSTEMS.items():
-        work = Work(name, plain, fused, x, leaf=True)
-        make = partial(_case, work)
-        found.append(Spec(f"{name}-training-{'x'.join(map(str, x))}-{SHORT[FP32]}", make))
-    return found
+    return [Work(name, plain, fused, x, leaf=True) for name, (plain, fused) in SYSTEMS.items()]
 
 
-def _case(work: Work, chosen):
-    return training_case(work, FP32, chosen=chosen)
-
-
-@params(_specs())
+@params(systems(_works()))
 def test_family_training(race, spec):
     race(spec)

@@ -65,8 +65,9 @@ class Case:
 
 
 def activation(shape: tuple[int, ...], dtype: torch.dtype, layout: str = CHANNELS_LAST) -> Tensor:
-    """Normally distributed values; the caller seeds."""
-    return torch.randn(shape).to(dtype).to(memory_format=FORMATS[layout])
+    """Normally distributed values, of images in ``layout``; the caller seeds."""
+    x = torch.randn(shape).to(dtype)
+    return x.to(memory_format=FORMATS[layout]) if x.dim() == 4 else x
 
 
 def redraw(tensors: Iterable[Tensor], seed: int) -> None:

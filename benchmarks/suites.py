@@ -199,6 +199,16 @@ def models(
     return found
 
 
+def systems(works: Iterable[model_cases.Work]) -> list[Spec]:
+    """Training steps of other residual systems' modules, in float32 on the CPU."""
+    found = []
+    for work in works:
+        make = partial(_model_case, work, "training", FP32, torch.device("cpu"), False)
+        label = f"{work.name}-training-{'x'.join(map(str, work.x))}-{SHORT[FP32]}"
+        found.append(Spec(label, make))
+    return found
+
+
 def _model_case(work, mode, dtype, device, slow, chosen) -> Case:
     make = model_cases.training_case if mode == "training" else model_cases.inference_case
     return make(work, dtype, device, _choice(chosen, slow))

@@ -50,8 +50,8 @@ def _rows(t: Tensor) -> Tensor:
     NHWC: a row is a pixel. NCHW: a row is an image, whose channels are runs of pixels.
     """
     if memory_format(t) == torch.channels_last:
-        return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-    return t.reshape(t.shape[0], -1)
+        return t.permute(0, 2, 3, 1).flatten(0, 2)
+    return t.flatten(1)
 
 
 def _like_rows(y: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | stats.py | per-channel statistics of x |
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
 | residual_sum.py, norm_rows.py | the passes of residual_add and of add_norm |
+| gates.py | rows of pre-activations, for the gates of highway and lstm_cell |
 | mlp.py | the squeeze-excite MLP on [N, C] |
 | implicit_gemm.py, conv.py | the convolutions' mainloop; its configurations, and who convolves |
 | ways.py | who can convolve, and what our kernels take; the one file without Triton |
@@ -43,6 +44,13 @@ LAUNCHERS = {
     "residual_add_backward": "residual_add",
     "add_norm": "add_norm",
     "add_norm_backward": "add_norm",
+    "highway": "highway",
+    "highway_backward": "highway",
+    "lstm_cell": "lstm_cell",
+    "lstm_cell_backward": "lstm_cell",
+    "dense_load": "dense_block",
+    "dense_grad": "dense_block",
+    "dense_finish": "dense_block",
     "conv_bn_act": "conv_bn_act",
     "conv_stats": "conv_stats",
 }

@@ -82,6 +82,29 @@ def add_norm_calls(dtype: torch.dtype, nhwc: bool) -> None:
         ops.add_norm_backward(total, x, x, p, mean, rstd, kept, rows, 1.25, norm)
 
 
+def gate_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if not nhwc:
+        return
+    kernels = triton_kernels.package()
+    highway, lstm = (kernels.module(name) for name in ("highway", "lstm_cell"))
+    x, c = meta((8192, 1024), dtype), meta((512, 1024), dtype)
+    for coupled in (True, False):
+        parts = meta((8192, (2 if coupled else 3) * 1024), dtype)
+        highway.highway(parts, x, "gelu", coupled)
+        highway.highway_backward(x, parts, x, "gelu", coupled)
+        gates = meta((512, (4 if coupled else 3) * 1024), dtype)
+        lstm.lstm_cell(gates, c, coupled)
+        lstm.lstm_cell_backward(gates, c, c, c if coupled else None, coupled)
+
+
+def dense_block_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    ops = triton_kernels.package().module("dense_block")
+    x, p = meta((64, 256, 56, 56), dtype, nhwc), meta(224)
+    h = ops.dense_load(x, p, p, p, p, 224, 1e-5)
+    ops.dense_grad(x, h, x, p, p, p, p, 1e-5)
+    ops.dense_finish(x, x, p[:32], p[:32], p[:32], 192, 32)
+
+
 def conv_bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
     if not nhwc:
         return
@@ -126,6 +149,8 @@ CALLS: list[Callable[[torch.dtype, bool], None]] = [
     residual_mix_calls,
     residual_add_calls,
     add_norm_calls,
+    gate_calls,
+    dense_block_calls,
     conv_bn_act_calls,
     conv_stats_calls,
 ]

@@ -26,8 +26,20 @@ STREAMING = {
     "residual_add_bwd_apply_kernel": ("dx_ptr", "dshortcut_ptr"),
     "residual_mix_fwd_kernel": ("y_ptr",),
     "residual_mix_bwd_kernel": ("dbranch_ptr", "dshortcut_ptr", "dgate_ptr"),
+    "highway_fwd_kernel": ("y_ptr",),
+    "highway_bwd_kernel": ("dparts_ptr", "dx_ptr"),
+    "lstm_cell_fwd_kernel": ("h_ptr", "c_new_ptr"),
+    "lstm_cell_bwd_kernel": ("dgates_ptr", "dc_ptr"),
+    "dense_load_kernel": ("h_ptr",),
+    "dense_grad_kernel": ("dx_ptr",),
+    "dense_finish_kernel": ("dy_ptr",),
 }
-LOADED = ("x_ptr", "dy_ptr", "residual_ptr", "branch_ptr", "shortcut_ptr", "gate_ptr")
+LOADED = (
+    "x_ptr", "dy_ptr", "residual_ptr", "branch_ptr", "shortcut_ptr", "gate_ptr", "parts_ptr",
+    "gates_ptr", "c_ptr", "dh_ptr", "dc_new_ptr",
+)  # fmt: skip
+# Pointers to several tensors of the tile's size, side by side: PARTS of them.
+SIDE_BY_SIDE = ("parts_ptr", "dparts_ptr", "gates_ptr", "dgates_ptr")
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def narrow_accesses(found: Found) -> Iterator[str]:
     flags = dict(job.constants)
     kind = f"*{job.dtype}"
     data = [n for n, t in job.signature if t == kind and n in (*LOADED, *STREAMING[job.kernel])]
+    data += [n for n in data if n in SIDE_BY_SIDE for _ in range(flags["PARTS"] - 1)]
     stored = [name for name in data if name in STREAMING[job.kernel]]
     size = 4 if job.dtype == "fp32" else 2
     each = flags["BLOCK_C"] * flags["BLOCK_HW"] * size // (16 * 32 * job.warps)

@@ -76,6 +76,16 @@ def test_views_and_two_formats(backend):
 
 @backends
 @layouts
+def test_empty_batch(layout, backend):
+    with fusedres.backend(backend):
+        out = gradients(fused(), tensors_of((0, 6, 3, 3), layout, torch.float32))
+    assert {n: tuple(t.shape) for n, t in out.items()} == {
+        "y": (0, 6, 3, 3), "dparts": (0, 12, 3, 3), "dx": (0, 6, 3, 3)
+    }  # fmt: skip
+
+
+@backends
+@layouts
 def test_derivatives(layout, backend):
     for options in (dict(act="silu"), dict(act="gelu", coupled=False)):
         with fusedres.backend(backend):

@@ -37,6 +37,19 @@ FR_INLINE void for_dense_block(const DenseParams& a, int64_t begin, int64_t end,
   }
 }
 
+// A kernel that does `vectors` on every block of its items.
+#define FR_DENSE_KERNEL(name, vectors)                                       \
+  template <typename T>                                                      \
+  void name(const DenseParams& params, int64_t begin, int64_t end) {         \
+    const DenseParams a = params; /* a local copy: stores cannot alias it */ \
+    for_dense_block(                                                         \
+        a, begin, end,                                                       \
+        [&](int64_t i, int64_t runs, int64_t j)                              \
+            FR_INLINE_LAMBDA { vectors<T, false>(a, i, runs, j, kLanes); },  \
+        [&](int64_t i, int64_t runs, int64_t j, int n)                       \
+            FR_INLINE_LAMBDA { vectors<T, true>(a, i, runs, j, n); });       \
+  }
+
 template <typename T, bool kPartial>
 FR_INLINE void dense_load_vectors(const DenseParams& a, int64_t run, int64_t runs, int64_t j,
                                   int n) {
@@ -56,16 +69,7 @@ FR_INLINE void dense_load_vectors(const DenseParams& a, int64_t run, int64_t run
 // Writes:   h [N, C, H, W] once
 // Traffic:  2*N*C*H*W*sizeof(scalar_t) bytes; eager moves 7 (concatenation, norm, ReLU)
 // Split:    one item = one row of channels, or one plane; one rounding at the store
-template <typename T>
-void dense_load_kernel(const DenseParams& params, int64_t begin, int64_t end) {
-  const DenseParams a = params;  // a local copy: stores cannot alias it
-  for_dense_block(
-      a, begin, end,
-      [&](int64_t i, int64_t runs, int64_t j)
-          FR_INLINE_LAMBDA { dense_load_vectors<T, false>(a, i, runs, j, kLanes); },
-      [&](int64_t i, int64_t runs, int64_t j, int n)
-          FR_INLINE_LAMBDA { dense_load_vectors<T, true>(a, i, runs, j, n); });
-}
+FR_DENSE_KERNEL(dense_load_kernel, dense_load_vectors)
 
 template <typename S>
 struct DenseSums {
@@ -175,16 +179,7 @@ FR_INLINE void dense_finish_vectors(const DenseParams& a, int64_t run, int64_t r
 // Writes:   out [N, C, H, W] once
 // Traffic:  3*N*C*H*W*sizeof(scalar_t) bytes
 // Split:    one item = one row of channels, or one plane; one rounding at the store
-template <typename T>
-void dense_finish_kernel(const DenseParams& params, int64_t begin, int64_t end) {
-  const DenseParams a = params;  // a local copy: stores cannot alias it
-  for_dense_block(
-      a, begin, end,
-      [&](int64_t i, int64_t runs, int64_t j)
-          FR_INLINE_LAMBDA { dense_finish_vectors<T, false>(a, i, runs, j, kLanes); },
-      [&](int64_t i, int64_t runs, int64_t j, int n)
-          FR_INLINE_LAMBDA { dense_finish_vectors<T, true>(a, i, runs, j, n); });
-}
+FR_DENSE_KERNEL(dense_finish_kernel, dense_finish_vectors)
 
 }  // namespace FUSEDRES_ISA
 }  // namespace fusedres

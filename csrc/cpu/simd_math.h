@@ -68,20 +68,41 @@ FR_INLINE typename Native<S>::V exp_part(typename Native<S>::V x) {
   return (p + S(1)) * first * second;
 }
 
+// The functions below are one copy for all kernels (inlined, they were most of the code). They take
+// registers, not a Vec: GCC passes that in memory, and copies it there in pieces whose values the
+// loads that follow must wait for.
 template <typename S>
-__attribute__((noinline)) Vec<S> exp_of(Vec<S> a) {
-  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = exp_part<S, false>(a.v[i]);
+__attribute__((noinline)) typename Native<S>::V exp_one(typename Native<S>::V x) {
+  return exp_part<S, false>(x);
+}
+template <typename S>
+FR_INLINE Vec<S> exp_of(Vec<S> a) {
+  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = exp_one<S>(a.v[i]);
+  return a;
+}
+
+template <typename S>
+__attribute__((noinline)) typename Native<S>::V sigmoid_one(typename Native<S>::V x) {
+  return S(1) / (S(1) + exp_part<S, false>(S(0) - x));
+}
+template <typename S>
+FR_INLINE Vec<S> any_sigmoid(Vec<S> a) {
+  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = sigmoid_one<S>(a.v[i]);
   return a;
 }
 
 // tanh(x) = -t / (t + 2) with t = exp(-2|x|) - 1, and x's sign.
 template <typename S>
-__attribute__((noinline)) Vec<S> tanh_of(Vec<S> a) {
-  const auto negative = a <= Vec<S>(0);
-  Vec<S> t = select(negative, a, Vec<S>(0) - a) * Vec<S>(2);
-  for (int i = 0; i < Vec<S>::kParts; ++i) t.v[i] = exp_part<S, true>(t.v[i]);
-  t = t / (t + Vec<S>(2));
-  return select(negative, t, Vec<S>(0) - t);
+__attribute__((noinline)) typename Native<S>::V tanh_one(typename Native<S>::V x) {
+  const auto negative = x <= S(0);
+  typename Native<S>::V t = exp_part<S, true>((negative ? x : S(0) - x) * S(2));
+  t = t / (t + S(2));
+  return negative ? t : S(0) - t;
+}
+template <typename S>
+FR_INLINE Vec<S> tanh_of(Vec<S> a) {
+  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = tanh_one<S>(a.v[i]);
+  return a;
 }
 
 template <typename S>
@@ -92,19 +113,32 @@ __attribute__((noinline)) Vec<S> erf_of(Vec<S> a) {
   return load(lanes);
 }
 
-// Activations chosen at run time. One copy for all kernels: inlined, they were most of the code.
+// Activations chosen at run time, in place.
 template <typename S>
-__attribute__((noinline)) Vec<S> any_act_forward(Act act, Vec<S> z) {
-  return act_forward(act, z);
+__attribute__((noinline)) void act_forward_at(Act act, typename Native<S>::V* z) {
+  Vec<S> a;
+  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = z[i];
+  a = act_forward(act, a);
+  for (int i = 0; i < Vec<S>::kParts; ++i) z[i] = a.v[i];
 }
 template <typename S>
-__attribute__((noinline)) Vec<S> any_act_backward(Act act, Vec<S> z, Vec<S> dy) {
-  return act_backward(act, z, dy);
+FR_INLINE Vec<S> any_act_forward(Act act, Vec<S> z) {
+  act_forward_at<S>(act, z.v);
+  return z;
 }
-
 template <typename S>
-__attribute__((noinline)) Vec<S> any_sigmoid(Vec<S> z) {
-  return sigmoid(z);
+__attribute__((noinline)) void act_backward_at(Act act, const typename Native<S>::V* z,
+                                               typename Native<S>::V* dy) {
+  Vec<S> a, u;
+  for (int i = 0; i < Vec<S>::kParts; ++i) a.v[i] = z[i];
+  for (int i = 0; i < Vec<S>::kParts; ++i) u.v[i] = dy[i];
+  u = act_backward(act, a, u);
+  for (int i = 0; i < Vec<S>::kParts; ++i) dy[i] = u.v[i];
+}
+template <typename S>
+FR_INLINE Vec<S> any_act_backward(Act act, Vec<S> z, Vec<S> dy) {
+  act_backward_at<S>(act, z.v, dy.v);
+  return dy;
 }
 
 // Lanes added in lane order in double.

@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import dispatch
 from .. import functional as F
+from ..ops.define import transformed
+
+
+def _adds_in_place(*tensors: Tensor) -> bool:
+    """Whether a product can be added to another where that lies: a pass over all gates less.
+
+    Autocast does not convert the operands of an operation in place, and vmap may have to make its
+    result larger.
+    """
+    plain = len({t.dtype for t in tensors}) == 1 and not dispatch.autocasts(tensors[0])
+    return plain and not torch.compiler.is_compiling() and not transformed()
 
 
 class ResidualLSTMCell(nn.Module):
@@ -61,8 +73,11 @@ class ResidualLSTMCell(nn.Module):
         h, c = (t.reshape(-1, self.hidden_size) for t in hx)
         bias = None if self.bias_ih is None else self.bias_ih + self.bias_hh
         rows = input.reshape(-1, self.input_size)
-        products = nn.functional.linear(rows, self.weight_ih, bias)
-        gates = torch.addmm(products, h, self.weight_hh.t())
+        gates = nn.functional.linear(rows, self.weight_ih, bias)
+        if _adds_in_place(gates, h, self.weight_hh):
+            gates = gates.addmm_(h, self.weight_hh.t())
+        else:
+            gates = torch.addmm(gates, h, self.weight_hh.t())
         h, c = F.lstm_cell(gates.to(c.dtype), c, forget_gate=self.forget_gate)
         return h.view(shape), c.view(shape)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .chain import step, symbolic
 from .drop_path import DropPath, set_shortcut
 from .preact_sum import Sum, add_convolution, norm_relu
-from .recognise import hooked
+from .recognise import NormPart, hooked
 from .residual_scale import ResidualScale
 from .resnet import conv1x1, conv3x3
 from .unit import Batch, State, materialise, track
@@ -86,7 +86,7 @@ class PreActBasicBlock(nn.Module):
     def advance(self, state: Sum, stats: bool) -> Sum:
         """``forward`` with what is known of its input, and with its result's statistics."""
         inner = ((self.conv1, self.norm2),)
-        return _block(self, state, inner, self.conv2, stats)
+        return run_block(self, state, inner, self.conv2, stats)
 
     def zero_init_last(self) -> None:
         """Start as the identity: the last convolution's weight is set to zero."""
@@ -138,21 +138,25 @@ class PreActBottleneck(nn.Module):
     def advance(self, state: Sum, stats: bool) -> Sum:
         """``forward`` with what is known of its input, and with its result's statistics."""
         inner = (self.conv1, self.norm2), (self.conv2, self.norm3)
-        return _block(self, state, inner, self.conv3, stats)
+        return run_block(self, state, inner, self.conv3, stats)
 
     def zero_init_last(self) -> None:
         """Start as the identity: the last convolution's weight is set to zero."""
         nn.init.zeros_(self.conv3.weight)
 
 
-def _block(
-    block: nn.Module,
+def run_block(
+    block,
     state: Sum,
-    inner: tuple[tuple[nn.Module, nn.Module], ...],
+    inner: tuple[tuple[nn.Module, nn.Module | NormPart], ...],
     last: nn.Module,
     stats: bool,
 ) -> Sum:
-    """Both blocks' forward: norm1, (conv, norm) for each inner pair, the last conv, the sum."""
+    """Both blocks' forward: norm1, (conv, norm) for each inner pair, the last conv, the sum.
+
+    Args:
+        block: has norm1, relu, downsample, drop_path, dropout, residual and residual_scale.
+    """
     batches: list[Batch] = []
     runs, scale = (True, None) if block.drop_path is None else block.drop_path.plan(state.value)
     if not runs and block.downsample is None:

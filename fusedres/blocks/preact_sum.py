@@ -12,10 +12,10 @@ from ..layout import conv_memory_format, dense
 from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
 from .chain import Scale, add_act, symbolic
-from .recognise import act_of, geometry_of, hooked, norm_of, wants_grad
+from .recognise import NormPart, act_of, geometry_of, hooked, norm_of, wants_grad
 from .residual_scale import ResidualScale
 from .training import NO_PROLOGUE
-from .unit import Batch, Pending, State, materialise, misfit, operands, value
+from .unit import Batch, Pending, State, activate, materialise, misfit, operands, value
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Sum:
     var: Tensor | None = None  # [C]
 
 
-def norm_relu(state: Sum, norm: nn.Module, act: nn.Module, batches: list[Batch]) -> State:
+def norm_relu(
+    state: Sum, norm: nn.Module | NormPart, act: nn.Module | str, batches: list[Batch]
+) -> State:
     """``act(norm(.))`` of a sum: pending in training, one pass in inference."""
     x = state.value
     found = "FX tracing" if symbolic(x) else norm_of(norm)
@@ -37,7 +39,7 @@ def norm_relu(state: Sum, norm: nn.Module, act: nn.Module, batches: list[Batch])
     if isinstance(found, str) or name is None:
         reason = found if isinstance(found, str) else f"{type(act).__name__} has no fused form"
         dispatch.notify(dispatch.Event("norm", "unfused", reason))
-        return act(norm(x))
+        return activate(norm(x), act)
     if not found.batch_stats:
         pending = Pending(x, found, name, found.running_mean, found.running_var)
         return pending if wants_grad(x, found.weight, found.bias) else materialise(pending)

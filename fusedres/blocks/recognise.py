@@ -31,6 +31,19 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class NormPart:
+    """The norm alone of a batch norm module that also activates (timm's BatchNormAct2d).
+
+    Whoever takes a module apart has looked at its hooks and at what follows the norm in it.
+    """
+
+    module: nn.BatchNorm2d
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self.module, x)
+
+
+@dataclass(frozen=True)
 class SE:
     """A squeeze-excite MLP; effective squeeze-excite has one layer, w2 is None."""
 
@@ -119,8 +132,10 @@ def _padding_of_name(conv: nn.Conv2d) -> list[int] | None:
     return None if any(t % 2 for t in total) else [t // 2 for t in total]
 
 
-def norm_of(norm: nn.Module) -> Norm | str:
+def norm_of(norm: nn.Module | NormPart) -> Norm | str:
     """The parameters of a batch norm with the semantics of nn.BatchNorm2d."""
+    if isinstance(norm, NormPart):
+        return _batch_norm(norm.module)
     kind = type(norm)
     if (reason := hooked(norm)) is not None:
         return reason
@@ -134,6 +149,10 @@ def norm_of(norm: nn.Module) -> Norm | str:
             return "SyncBatchNorm takes its statistics across processes in training"
     elif not plain:
         return f"{kind.__name__} is not a batch norm of this library or PyTorch"
+    return _batch_norm(norm)
+
+
+def _batch_norm(norm: nn.Module) -> Norm | str:
     has_stats = norm.running_mean is not None and norm.running_var is not None
     batch_stats = norm.training or not has_stats
     if not norm.eps >= 0 or (batch_stats and norm.eps == 0):

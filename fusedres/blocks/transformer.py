@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -116,64 +118,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if self.training and self.drop_path and not isinstance(src, torch.fx.Proxy):
             if src.dim() != 3:
                 raise ValueError(f"src: wanted 3 dimensions with drop_path, got {src.dim()}")
-        reason = self._unfused(src)
-        if reason is not None:
-            dispatch.notify(dispatch.Event("add_norm", "unfused", reason))
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        padding = nn.functional._canonical_mask(
-            src_key_padding_mask, "src_key_padding_mask", nn.functional._none_or_dtype(src_mask),
-            "src_mask", src.dtype,
-        )  # fmt: skip
-        mask = nn.functional._canonical_mask(
-            src_mask, "src_mask", None, "", src.dtype, check_other=False
+        plain = super().forward
+        return encoder_layer(
+            self, plain, src, src_mask, src_key_padding_mask, is_causal, drop_path=self.drop_path
         )
-        if self.norm_first:
-            branch = self._attend(self.norm1(src), mask, padding, is_causal)
-            y, x = self._add_norm(branch, src, self.dropout1, self.norm2)
-            return F.dropout_add(self._feed_forward(y), x, **self._drops(self.dropout2, x))
-        branch = self._attend(src, mask, padding, is_causal)
-        x = self._add_norm(branch, src, self.dropout1, self.norm1)[0]
-        return self._add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
-
-    def _unfused(self, src: Tensor) -> str | None:
-        if isinstance(src, torch.fx.Proxy):
-            return "FX tracing"
-        if src.is_nested:
-            return "the input is a nested tensor"
-        if not self.training and not torch.is_grad_enabled() and self.self_attn.batch_first:
-            if torch.backends.mha.get_fastpath_enabled():
-                return "PyTorch's own inference path"
-        for module, kind in (
-            (self.norm1, nn.LayerNorm), (self.norm2, nn.LayerNorm),
-            (self.dropout1, nn.Dropout), (self.dropout2, nn.Dropout),
-        ):  # fmt: skip
-            if type(module) is not kind:
-                return f"{type(module).__name__} is not a plain {kind.__name__}"
-            if (reason := hooked(module)) is not None:
-                return reason
-        return None
-
-    def _attend(self, x: Tensor, mask, padding, is_causal: bool) -> Tensor:
-        return self.self_attn(
-            x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False,
-            is_causal=is_causal,
-        )[0]  # fmt: skip
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-    def _add_norm(self, branch, x, dropout: nn.Dropout, norm: nn.LayerNorm):
-        return F.add_layer_norm(
-            branch, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
-            **self._drops(dropout, x),
-        )  # fmt: skip
-
-    def _drops(self, dropout: nn.Dropout, x: Tensor) -> dict:
-        batch_dim = 0 if self.self_attn.batch_first else 1
-        return dict(
-            dropout=dropout.p, drop_path=self.drop_path, training=dropout.training,
-            batch_dim=batch_dim,
-        )  # fmt: skip
 
     # The plain forward, PyTorch's own, adds what these return.
 
@@ -194,3 +142,78 @@ def drop_path_rows(x: Tensor, p: float, batch_dim: int) -> Tensor:
     samples = [n if d == batch_dim else 1 for d, n in enumerate(x.shape)]
     survivors = x.new_empty(samples).bernoulli_(1 - p)
     return x * (survivors if p == 1 else survivors / (1 - p))
+
+
+def encoder_layer(
+    layer: nn.TransformerEncoderLayer,
+    plain: Callable[..., Tensor],
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    drop_path: float = 0.0,
+) -> Tensor:
+    """The forward of PyTorch's layer with each addition, its dropout and its norm in one pass.
+
+    Args:
+        plain: the layer's own forward, for what cannot run so.
+    """
+    reason = _unfused(layer, src)
+    if reason is not None:
+        dispatch.notify(dispatch.Event("add_norm", "unfused", reason))
+        return plain(src, src_mask, src_key_padding_mask, is_causal)
+    padding = nn.functional._canonical_mask(
+        src_key_padding_mask, "src_key_padding_mask", nn.functional._none_or_dtype(src_mask),
+        "src_mask", src.dtype,
+    )  # fmt: skip
+    mask = nn.functional._canonical_mask(
+        src_mask, "src_mask", None, "", src.dtype, check_other=False
+    )
+    batch_dim = 0 if layer.self_attn.batch_first else 1
+
+    def drops(dropout: nn.Dropout) -> dict:
+        drops = dict(dropout=dropout.p, drop_path=drop_path)
+        return drops | dict(training=dropout.training, batch_dim=batch_dim)
+
+    def add_norm(branch: Tensor, x: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm):
+        return F.add_layer_norm(
+            branch, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, **drops(dropout)
+        )
+
+    if layer.norm_first:
+        branch = _attend(layer, layer.norm1(src), mask, padding, is_causal)
+        y, x = add_norm(branch, src, layer.dropout1, layer.norm2)
+        return F.dropout_add(_feed_forward(layer, y), x, **drops(layer.dropout2))
+    branch = _attend(layer, src, mask, padding, is_causal)
+    x = add_norm(branch, src, layer.dropout1, layer.norm1)[0]
+    return add_norm(_feed_forward(layer, x), x, layer.dropout2, layer.norm2)[0]
+
+
+def _unfused(layer: nn.TransformerEncoderLayer, src: Tensor) -> str | None:
+    if isinstance(src, torch.fx.Proxy):
+        return "FX tracing"
+    if src.is_nested:
+        return "the input is a nested tensor"
+    if not layer.training and not torch.is_grad_enabled() and layer.self_attn.batch_first:
+        if torch.backends.mha.get_fastpath_enabled():
+            return "PyTorch's own inference path"
+    for module, kind in (
+        (layer.norm1, nn.LayerNorm), (layer.norm2, nn.LayerNorm),
+        (layer.dropout1, nn.Dropout), (layer.dropout2, nn.Dropout),
+    ):  # fmt: skip
+        if type(module) is not kind:
+            return f"{type(module).__name__} is not a plain {kind.__name__}"
+        if (reason := hooked(module)) is not None:
+            return reason
+    return None
+
+
+def _attend(layer, x: Tensor, mask, padding, is_causal: bool) -> Tensor:
+    return layer.self_attn(
+        x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )[0]
+
+
+def _feed_forward(layer, x: Tensor) -> Tensor:
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))

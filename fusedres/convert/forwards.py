@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..blocks import squeeze
 from ..blocks.chain import Scale, add_act, chain, project, settled
-from ..blocks.recognise import SE, hooked, not_pointwise, se_of
+from ..blocks.recognise import SE, NormPart, hooked, not_pointwise, se_of
 from .activations import act_name, gate_name
 from .recipe import recipe_of
 
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
     """One link of a chain: ``act(se(norm(conv(x))))``."""
 
     conv: nn.Module
-    norm: nn.Module
+    norm: nn.Module | NormPart
     se: nn.Module | None = None
     act: str | None = None
 
@@ -48,6 +48,15 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__
 
 
+def norm_and_act(module: nn.Module) -> tuple[NormPart, str] | None:
+    """Both parts of a norm that activates by itself, where the ops have them."""
+    recipe = recipe_of(module)
+    if recipe is None or recipe.own_act is None or hooked(module) is not None:
+        return None
+    act = recipe.own_act(module)
+    return None if act is None else (NormPart(module), act)
+
+
 def has_se(step: Segment | nn.Module) -> bool:
     """Whether a step is a squeeze-excite module that the fused op can compute."""
     return isinstance(se_of(step), SE)
@@ -62,7 +71,11 @@ def steps(modules: Iterable[nn.Module | None]) -> list[Segment | nn.Module]:
         if not (isinstance(module, nn.Conv2d) and todo and is_norm(todo[0])):
             cut.append(module)
             continue
-        norm = todo.pop(0)
+        norm, own = norm_and_act(todo[0]) or (todo[0], "identity")
+        todo.pop(0)
+        if own != "identity":
+            cut.append(Segment(module, norm, None, own))
+            continue
         se = todo.pop(0) if todo and has_se(todo[0]) else None
         act = act_name(todo[0]) if todo else None
         if act is not None:

@@ -30,6 +30,8 @@ class Recipe:
         suits: whether this one instance can be fused; for a squeeze-excite, ``se`` decides.
         members: the modules that a purely sequential peer applies one after the other.
         se: a squeeze-excite peer's layers, or the reason the fused op cannot compute it.
+        own_act: the activation behind the norm in a norm's module; None where the ops have none.
+        arguments: whether ``forward`` takes all arguments of the method, not one tensor alone.
     """
 
     peer: str
@@ -40,6 +42,8 @@ class Recipe:
     suits: Callable[[nn.Module], bool] = _always
     members: Callable[[nn.Module], Sequence[nn.Module | None]] | None = None
     se: Callable[[nn.Module], SE | str] | None = None
+    own_act: Callable[[nn.Module], str | None] | None = None
+    arguments: bool = False
 
     def replaces(self, kind: type) -> bool:
         """Whether instances of ``kind`` run exactly the code that this recipe replaces."""

@@ -6,14 +6,27 @@ from collections import Counter
 
 from torch import nn
 
-from . import huggingface, plain, plain_residuals, sequential, timm, torchvision
+from . import (
+    efficientnet,
+    huggingface,
+    plain,
+    plain_residuals,
+    resnetv2,
+    sequential,
+    timm,
+    torchvision,
+    transformer,
+)
 from .recipe import Recipe, recipe_of
 
 FUSING: tuple[Recipe, ...] = (
     *torchvision.RECIPES,
     *timm.RECIPES,
+    *resnetv2.RECIPES,
+    *efficientnet.RECIPES,
     *huggingface.RECIPES,
     *sequential.RECIPES,
+    *transformer.RECIPES,
 )
 UNFUSING: tuple[Recipe, ...] = (*plain.RECIPES, *plain_residuals.RECIPES)
 

@@ -33,9 +33,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Run the blocks of ``model`` on fused ops: the same parameters, the same results.
 
     Recognised are the residual blocks of torchvision, timm and transformers (ResNet, ResNeXt,
-    Wide ResNet, SENet, RegNet), their stems, ``nn.Sequential`` runs of convolution, norm and
-    activation, and squeeze-excite modules wherever they stand. Inside a block, what has no fused
-    op runs as the module it is. A subclass that overrides ``forward`` is left alone.
+    Wide ResNet, SENet, RegNet), their stems, torchvision's DenseNet, ``nn.Sequential`` runs of
+    convolution, norm and activation, squeeze-excite modules wherever they stand, and
+    ``nn.TransformerEncoderLayer``. Inside a block, what has no fused op runs as the module it is.
+    A subclass that overrides ``forward`` is left alone.
 
     Args:
         model: any module; wrappers such as DataParallel are looked through.
@@ -55,7 +56,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not any(is_fused(m) or recipe_of(m) or fusing_recipe(m) for m in modules):
         raise ValueError(
             "model: wanted residual blocks of torchvision, timm or transformers, convolutions "
-            "followed by a norm in an nn.Sequential, or squeeze-excite modules, "
+            "followed by a norm in an nn.Sequential, squeeze-excite modules, or "
+            "nn.TransformerEncoderLayer, "
             f"got a {type(model).__name__} of {kinds(model)}"
         )
     model = model if inplace else copy.deepcopy(model)
@@ -151,6 +153,8 @@ def _fused_method(original: type, recipe: Recipe) -> Callable[..., Tensor]:
         inputs = args if args or name not in kwargs else (kwargs[name],)
         # Tracers record the original's code: their graphs are for tools that know PyTorch's ops.
         symbolic = torch.jit.is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs)
+        if recipe.arguments and not symbolic:
+            return fused(self, *args, **kwargs)
         if symbolic or len(inputs) != 1 or len(args) + len(kwargs) != 1:
             return unfused(self, *args, **kwargs)
         return fused(self, inputs[0])

@@ -22,7 +22,7 @@ from .recipe import Recipe
 
 def basic_block(self: nn.Module, x: Tensor) -> Tensor:
     body = (
-        *(self.conv1, self.bn1, _active(self.drop_block), self.act1, self.aa),
+        *(self.conv1, self.bn1, active(self.drop_block), self.act1, self.aa),
         *(self.conv2, self.bn2, self.se),
     )
     return _residual_block(self, x, body, self.act2)
@@ -31,7 +31,7 @@ def basic_block(self: nn.Module, x: Tensor) -> Tensor:
 def bottleneck(self: nn.Module, x: Tensor) -> Tensor:
     body = (
         *(self.conv1, self.bn1, self.act1),
-        *(self.conv2, self.bn2, _active(self.drop_block), self.act2, self.aa),
+        *(self.conv2, self.bn2, active(self.drop_block), self.act2, self.aa),
         *(self.conv3, self.bn3, self.se),
     )
     return _residual_block(self, x, body, self.act3)
@@ -81,10 +81,15 @@ def conv_norm_act(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def batch_norm_act(self: nn.Module, x: Tensor) -> Tensor:
-    act = act_name(self.act)
-    if act is None or act_name(self.drop) != "identity" or x.dim() != 4:
+    act = own_act(self)
+    if act is None or x.dim() != 4:
         return self.original_forward(x)
     return layers.batch_norm_act(self, x, None, act)
+
+
+def own_act(norm: nn.Module) -> str | None:
+    """The activation of a BatchNormAct2d, if nothing else follows the norm in it."""
+    return act_name(norm.act) if act_name(norm.drop) == "identity" else None
 
 
 def _residual_block(
@@ -95,31 +100,37 @@ def _residual_block(
     promotes: bool = False,
 ) -> Tensor:
     """The end that timm's blocks share: drop path, shortcut, activation."""
-    drop_path, row_scale = _active(block.drop_path), None
-    if drop_path is not None and _is_drop_path(drop_path):
-        row_scale, drop_path = _row_scale(drop_path), None
+    drop_path, scale = drops_of(block)
     body = (*body, drop_path)
-    branch = dict(row_scale=row_scale, promotes=promotes)
+    branch = dict(row_scale=scale, promotes=promotes)
     return residual_block(x, body, skip=block.downsample, act=act, **branch)
 
 
-def _is_drop_path(module: nn.Module) -> bool:
+def drops_of(block: nn.Module) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
+    """A block's drop path: as a module that must run, or as what draws the samples' factors."""
+    drop_path = active(block.drop_path)
+    if drop_path is not None and is_drop_path(drop_path):
+        return None, row_scale(drop_path)
+    return drop_path, None
+
+
+def is_drop_path(module: nn.Module) -> bool:
     from timm.layers import DropPath
 
     return type(module).forward is DropPath.forward and hooked(module) is None
 
 
-def _active(drop: nn.Module | None) -> nn.Module | None:
+def active(drop: nn.Module | None) -> nn.Module | None:
     """A drop-block or drop-path module, or None where it would return its input."""
     if drop is None or hooked(drop) is not None:
         return drop
     from timm.layers import DropBlock2d
 
-    known = type(drop).forward is DropBlock2d.forward or _is_drop_path(drop)
+    known = type(drop).forward is DropBlock2d.forward or is_drop_path(drop)
     return None if known and not (drop.training and drop.drop_prob) else drop
 
 
-def _row_scale(drop_path: nn.Module) -> Callable[[Tensor], Tensor]:
+def row_scale(drop_path: nn.Module) -> Callable[[Tensor], Tensor]:
     """Draws what DropPath multiplies its samples by, from the same random numbers."""
 
     def draw(x: Tensor) -> Tensor:
@@ -218,6 +229,7 @@ RECIPES = (
         reads="_assert ndim momentum training track_running_stats num_batches_tracked add_ float "
         "running_mean running_var F batch_norm weight bias eps drop act",
         forward=batch_norm_act,
+        own_act=own_act,
     ),
     _se("timm.models.senet.SEModule", "mean fc1 relu fc2 sigmoid", senet_squeeze_excite),
     _se(
