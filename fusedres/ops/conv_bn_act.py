@@ -81,7 +81,7 @@ def _composed(
 ):  # fmt: skip
     geometry = stride, padding, dilation, groups
     if why_not_fused(x, residual, act) is not None:
-        y = dense(convolution(x, weight, bias, geometry))
+        y = dense(_convolution(x, weight, bias, geometry))
         residual = None if residual is None else dense(residual, like=y)
         bn = bn_weight, bn_bias, residual, mean, var, False, eps, act, False
         return bn_act.op(y, *bn)[0]
@@ -106,7 +106,12 @@ def _fake(
     x, weight, bias, residual, bn_weight, bn_bias, mean, var, eps,
     stride, padding, dilation, groups, act,
 ):  # fmt: skip
-    return convolution(x, weight, bias, (stride, padding, dilation, groups))
+    return _convolution(x, weight, bias, (stride, padding, dilation, groups))
+
+
+def _convolution(x, weight, bias, geometry):
+    """In the dtype of x, as autocast does it; where oneDNN fuses, a folded weight is rounded."""
+    return convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
 
 
 def _backward(ctx, dy):

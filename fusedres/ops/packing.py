@@ -3,14 +3,13 @@
 An entry belongs to one weight tensor and lives as long as it does. It is used only while every
 tensor it was made from is the same object at the same version with the same fingerprint: a
 training step, ``load_state_dict`` or any in-place write makes a new one. Writes through ``.data``
-bypass autograd's version counter; the fingerprint catches those that touch a whole filter, input
-channel or tap.
+bypass autograd's version counter, and tensors made in inference mode have none; the fingerprint
+catches the writes that touch a whole filter, input channel or tap.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +18,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .convolution import Geometry
 
-_LAYOUTS_KEPT = 4  # input sizes and dtypes for which one weight stays packed
+_SIZES_KEPT = 4  # input sizes that one weight is packed for
 
 
 @dataclass
 class _Entry:
     stamp: tuple
-    packed: OrderedDict = field(default_factory=OrderedDict)
+    packed: dict = field(default_factory=dict)  # by dtype, eps and geometry, then by input size
 
 
 _cache = WeakTensorKeyDictionary()
@@ -58,16 +57,18 @@ def folded_and_packed(
     if stamp is None:
         return _pack(tensors, eps, x, dtype, geometry)
     stride, padding, dilation, groups = geometry
-    layout = dtype, eps, x.shape, *stride, *padding, *dilation, groups
+    kind = dtype, eps, *stride, *padding, *dilation, groups
     with _lock:
         entry = _cache.get(weight)
         if entry is None or entry.stamp != stamp:
             entry = _cache[weight] = _Entry(stamp)
-        packed = entry.packed.get(layout)
-        if packed is None:
-            packed = entry.packed[layout] = _pack(tensors, eps, x, dtype, geometry)
-            if len(entry.packed) > _LAYOUTS_KEPT:
-                entry.packed.popitem(last=False)
+        sizes = entry.packed.setdefault(kind, {})
+        packed = sizes.get(x.shape)
+        if packed is None and len(sizes) < _SIZES_KEPT:
+            packed = sizes[x.shape] = _pack(tensors, eps, x, dtype, geometry)
+        elif packed is None:
+            # oneDNN takes a weight packed for another size, and reorders it where it has to.
+            packed = next(reversed(sizes.values()))
     return packed
 
 
@@ -75,14 +76,14 @@ def _stamp(tensors: tuple[Tensor | None, ...]) -> tuple | None:
     """What must not change while a packed weight is used; None where that cannot be told."""
     weight = tensors[0]
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if not dense or any(t is not None and not _versioned(t) for t in tensors):
+    if not dense or any(t is not None and not t.is_contiguous() for t in tensors[1:]):
         return None
-    versions = tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
+    versions = tuple(None if t is None else (id(t), t.data_ptr(), _version(t)) for t in tensors)
     return torch.ops.fusedres_native.fingerprint(*tensors), *versions
 
 
-def _versioned(t: Tensor) -> bool:
-    return not t.is_inference() and (t.dim() > 1 or t.is_contiguous())
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 def _pack(tensors, eps, x, dtype, geometry) -> tuple[Tensor, Tensor]:
