@@ -11,7 +11,8 @@ from .. import dispatch, reference
 from ..layout import dense
 from ..ops import bn_act
 from ..ops.convolution import Geometry
-from ..running_stats import recomputing, update_running_stats
+from ..ops.define import transformed
+from ..running_stats import recomputing, update_running_stats, update_together
 from .recognise import Norm, act_of, geometry_of, norm_of
 
 
@@ -47,6 +48,12 @@ State = Tensor | Pending
 
 def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
     """The unit that takes ``state`` through these modules, or why they must run as they are."""
+    unit = unit_of_modules(conv, norm, act)
+    return unit if isinstance(unit, str) else misfit(unit.conv, value(state), unit.norm) or unit
+
+
+def unit_of_modules(conv: nn.Module, norm: nn.Module, act) -> Unit | str:
+    """The unit that these modules are, or why they must run as they are."""
     geometry = geometry_of(conv)
     if isinstance(geometry, str):
         return geometry
@@ -54,23 +61,30 @@ def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
     if isinstance(found, str):
         return found
     name = act_of(act)
-    unit = Unit(conv, geometry, found, name or "identity", None if name is not None else act)
-    return misfit(unit.conv, value(state), found) or unit
+    return Unit(conv, geometry, found, name or "identity", None if name is not None else act)
 
 
 def misfit(conv: nn.Conv2d, x: Tensor, norm: Norm | None = None) -> str | None:
     """A reason when PyTorch's own modules must see these operands (and may raise on them)."""
-    weight = conv.weight
     if not isinstance(x, Tensor):
         return f"the input is a {type(x).__name__}"
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions, not 4"
     if x.dtype not in dispatch.DTYPES:
         return f"the input is {x.dtype}"
-    if x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
+    return operand_misfit(conv, norm, x.shape[1], x.dtype, x.device)
+
+
+def operand_misfit(
+    conv: nn.Conv2d, norm: Norm | None, channels: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """``misfit`` of an input [N, channels, H, W] that may not exist yet."""
+    weight = conv.weight
+    if channels != weight.shape[1] * conv.groups or device != weight.device:
         return "the input does not fit the convolution"
-    if x.dtype != weight.dtype and not autocasts(x, weight):
-        return f"the input is {x.dtype}, the convolution's weight {weight.dtype}"
+    casts = autocasts(weight) and dtype != torch.float64
+    if dtype != weight.dtype and not casts:
+        return f"the input is {dtype}, the convolution's weight {weight.dtype}"
     per_channel = () if norm is None else (norm.weight, norm.running_mean)
     if any(p is not None and len(p) != weight.shape[0] for p in per_channel):
         return "the norm does not fit the convolution"
@@ -117,11 +131,43 @@ def activate(x: Tensor, act: nn.Module | str | None) -> Tensor:
 Batch = tuple[Norm, Tensor, Tensor, torch.Size]  # norm, mean, variance, shape
 
 
+def track_all(batches: list[Batch]) -> None:
+    """Count batches in the running statistics of their norms, as nn.BatchNorm2d does in training.
+
+    Norms of one momentum are updated together: the calls cost more than the arithmetic.
+    """
+    counted = [batch for batch in batches if _tracks(batch[0])]
+    if torch.compiler.is_compiling() or transformed() or not _alike(counted):
+        for batch in counted:
+            track(*batch)
+        return
+    norms, means, variances, shapes = zip(*counted, strict=True)
+    torch._foreach_add_([n.module.num_batches_tracked for n in norms], 1)
+    running = [(n.running_mean, n.running_var) for n in norms]
+    pairs = list(zip(means, variances, strict=True))
+    update_together(running, pairs, shapes, norms[0].module.momentum)
+
+
+def _alike(batches: list[Batch]) -> bool:
+    """Whether one call may update the statistics of all: it wants lists, and none of them twice."""
+    modules = [norm.module for norm, *_ in batches]
+    buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in modules]
+    known = all(b is not None for three in buffers for b in three)
+    # In 16 bits PyTorch's calls for lists round the factors first, those for one tensor do not.
+    exact = known and all(
+        mean.dtype == m.running_mean.dtype == m.running_var.dtype
+        for m, (_, mean, _, _) in zip(modules, batches, strict=True)
+    )
+    distinct = len({id(m.running_mean) for m in modules}) == len(modules) > 1
+    momenta = {m.momentum for m in modules}
+    same = len(momenta) == 1 and None not in momenta
+    return exact and distinct and same and all(shape.numel() > 0 for *_, shape in batches)
+
+
 def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:
-    """Count a batch in a norm's running statistics, as nn.BatchNorm2d does in training."""
+    """Count a batch in a norm's running statistics."""
     module = norm.module
-    tracks = module.training and getattr(module, "track_running_stats", False)
-    if not norm.batch_stats or not tracks or recomputing():
+    if not _tracks(norm):
         return
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.num_batches_tracked is not None:
@@ -129,3 +175,9 @@ def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:
         if module.momentum is None:  # cumulative average
             momentum = 1.0 / module.num_batches_tracked.to(torch.float32)
     update_running_stats(norm.running_mean, norm.running_var, mean, var, shape, momentum)
+
+
+def _tracks(norm: Norm) -> bool:
+    module = norm.module
+    tracks = module.training and getattr(module, "track_running_stats", False)
+    return norm.batch_stats and tracks and not recomputing()
