@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ class Event:
 class _State(threading.local):
     forced: str | None = None
     observers: tuple[Callable[[Event], None], ...] = ()
+    step_by_step: bool = False
 
 
 _state = _State()
@@ -164,6 +165,28 @@ def has_kernel(op: str, x: Tensor, instead: str) -> bool:
     if torch.compiler.is_compiling():  # which traces no look-up of libraries
         return x.device.type == "cpu"
     return _runs_on_a_kernel(op, x) or not _runs_on_a_kernel(instead, x)
+
+
+def as_one_node(ops: Iterable[str], x: Tensor) -> bool:
+    """Whether a block that strings ``ops`` together on ``x`` runs as one autograd node.
+
+    It does where each has a kernel for its forward and its backward: autograd differentiates the
+    reference step by step, and so do a compiler and torch.func, who never ask.
+    """
+    if _state.step_by_step:
+        return False
+    kinds = ("",) if x.device.type == "cpu" else ("", "_backward")
+    return all(_runs_on_a_kernel(op + kind, x) for op in ops for kind in kinds)
+
+
+@contextlib.contextmanager
+def step_by_step() -> Iterator[None]:
+    """Blocks of this thread run as one autograd node a step op, for comparison."""
+    before, _state.step_by_step = _state.step_by_step, True
+    try:
+        yield
+    finally:
+        _state.step_by_step = before
 
 
 def _runs_on_a_kernel(op: str, x: Tensor) -> bool:

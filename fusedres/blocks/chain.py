@@ -11,7 +11,7 @@ A module that cannot be fused runs as it is, and the reason goes to ``fusedres.e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from .. import dispatch, reference
 from .. import functional as F
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
+from .node import as_one_node, branch_of
 from .recognise import act_of, hooked, se_of, wants_grad
 from .residual_scale import scaled_norm
 from .squeeze import squeeze_excite
@@ -46,7 +47,7 @@ Scale = Callable[[Tensor], Tensor]
 def chain(
     x: Tensor,
     *triples: Triple,
-    residual: Tensor | partial[State] | None = None,
+    residual: Tensor | Shortcut | None = None,
     se: nn.Module | None = None,
     scale: Scale | None = None,
     gain: Tensor | None = None,
@@ -58,48 +59,75 @@ def chain(
     Args:
         x: [N, C, H, W]; not changed.
         triples: (conv, norm, act); act is a module, a name or None.
-        residual: added before the last activation; not changed. A partial is called when all but
-            the last triple have run: errors come in the order in which PyTorch's blocks raise. It
-            gets ``batches`` and may leave its norm pending (``shortcut``).
+        residual: added before the last activation; not changed. A Shortcut runs when all but the
+            last triple have: errors come in the order in which PyTorch's blocks raise.
         se: a module applied to the last norm's result.
         scale: draws factors [N] (stochastic depth) of the branch for a tensor of its N and dtype.
         gain: factors [C] or [1] of the last norm's result.
     """
-    state: State = x
     batches: list[Batch] = []
-    for conv, norm, act in triples[:-1]:
-        state = step(state, conv, norm, act, batches)
-    y = _last(state, *triples[-1], residual, se, scale, batches, gain)
+    y, branch = None, branch_of(x, triples, se)
+    if branch is not None:
+        residual = residual.started() if isinstance(residual, Shortcut) else residual
+        y = as_one_node(branch, residual, scale, gain, batches)
+    if y is None:
+        state: State = x
+        for conv, norm, act in triples[:-1]:
+            state = step(state, conv, norm, act, batches)
+        y = _last(state, *triples[-1], residual, se, scale, batches, gain)
     for batch in batches:  # last: an error above leaves the running statistics as they were
         track(*batch)
     return y
 
 
-def shortcut(x: Tensor, module: nn.Module | None, batches: list[Batch]) -> State:
-    """The shortcut's value: x itself, or its projection, whose norm the tail applies."""
-    if module is None:
-        return x
-    if type(module) is not nn.Sequential or hooked(module) is not None:
-        return module(x)
-    return project(x, list(module), batches)
+@dataclass(frozen=True)
+class Shortcut:
+    """``norm(conv(before(x)))``, each of them optional: what a block adds to its branch."""
+
+    x: Tensor
+    before: Callable[[Tensor], Tensor] | None = None
+    projection: tuple[nn.Module, nn.Module] | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, module: nn.Module | None) -> Shortcut:
+        """What ``module(x)`` is; the norm of a projection may be left to the tail."""
+        if module is None:
+            return cls(x)
+        if type(module) is not nn.Sequential or hooked(module) is not None:
+            return cls(x, module)
+        return cls.through(x, list(module))
+
+    @classmethod
+    def through(cls, x: Tensor, modules: list[nn.Module], run: Callable | None = None) -> Shortcut:
+        """The modules one after the other; ``run(x, modules)`` runs those before a projection."""
+        ends_in_norm = len(modules) >= 2 and isinstance(modules[-2], nn.Conv2d)
+        before, projection = modules, None
+        if ends_in_norm:
+            before, projection = modules[:-2], (modules[-2], modules[-1])
+        return cls(x, partial(run or _one_by_one, modules=before) if before else None, projection)
+
+    def started(self) -> Shortcut:
+        """What is left when ``before`` has run."""
+        return self if self.before is None else Shortcut(self.before(self.x), None, self.projection)
+
+    def __call__(self, batches: list[Batch]) -> State:
+        """The value; a projection's norm is left pending."""
+        x = self.started().x
+        return x if self.projection is None else step(x, *self.projection, None, batches)
+
+    def settled(self) -> Tensor:
+        """The value, for where no chain adds it."""
+        batches: list[Batch] = []
+        value = materialise(self(batches))
+        for batch in batches:
+            track(*batch)
+        return value
 
 
-def project(x: Tensor, modules: list[nn.Module], batches: list[Batch]) -> State:
-    """The modules one after the other; a norm behind a convolution at their end stays pending."""
-    ends_in_norm = len(modules) >= 2 and isinstance(modules[-2], nn.Conv2d)
-    *before, conv, norm = modules if ends_in_norm else (*modules, None, None)
-    for module in before:
+def _one_by_one(x: Tensor, modules: list[nn.Module]) -> Tensor:
+    for module in modules:
         x = module(x)
-    return step(x, conv, norm, None, batches) if ends_in_norm else x
-
-
-def settled(residual: partial[State]) -> Tensor:
-    """The value of a shortcut that no chain adds."""
-    batches: list[Batch] = []
-    value = materialise(residual(batches=batches))
-    for batch in batches:
-        track(*batch)
-    return value
+    return x
 
 
 def add_act(
@@ -161,8 +189,8 @@ def _last(
     state: State, conv, norm, act, residual, se, scale, batches: list[Batch], gain=None
 ) -> Tensor:
     """The last triple and the block's tail: squeeze-excite, scale, residual and activation."""
-    if isinstance(residual, partial):
-        residual = residual(batches=batches)
+    if isinstance(residual, Shortcut):
+        residual = residual(batches)
     unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         branch = _unfused(state, conv, norm, unit)
@@ -184,7 +212,7 @@ def _last(
         return _finish(materialise(pending), materialise(residual), se, act, scale)
     if se is not None:
         return _finish(_conv_bn_act(unit, state, None, "identity"), residual, se, act)
-    shape = conv_shape(state, unit.conv.weight, unit.geometry)
+    shape = conv_shape(state.shape, unit.conv.weight, unit.geometry)
     if residual is None or (residual.shape == shape and residual.device == state.device):
         y = _conv_bn_act(unit, state, residual, unit.act)
         return y if unit.then is None else unit.then(y)

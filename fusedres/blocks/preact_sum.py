@@ -76,7 +76,7 @@ def add_convolution(
         dispatch.notify(dispatch.Event("conv", "unfused", geometry))
         return _added(conv(materialise(state)), residual, scale, scaling)
     x, weight, bias = operands(value(state), conv)
-    shape = conv_shape(x, weight, geometry)
+    shape = conv_shape(x.shape, weight, geometry)
     fits = residual is not None and (residual.shape, residual.dtype) == (shape, x.dtype)
     if residual is None or not fits:
         prologue = state.prologue if isinstance(state, Pending) else NO_PROLOGUE

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 
-from .chain import Triple, activate_copy, chain, settled, shortcut
+from .chain import Shortcut, Triple, activate_copy, chain
 from .drop_path import DropPath, set_shortcut
 from .layers import SqueezeExcite
 from .recognise import hooked
@@ -43,10 +42,10 @@ class _Block(nn.Module):
         """``relu(drop_path(se(branch(x))) + shortcut(x))``; the branch alone if not residual."""
         if not self.residual:
             return chain(x, *triples, se=getattr(self, "se", None))
-        projected = partial(shortcut, x, self.downsample)
+        projected = Shortcut.of(x, self.downsample)
         runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
         if not runs:
-            return activate_copy(settled(projected), self.relu)
+            return activate_copy(projected.settled(), self.relu)
         se, scaling = getattr(self, "se", None), self.residual_scale
         if scaling is None:
             return chain(x, *triples, se=se, residual=projected, scale=scale)
@@ -54,7 +53,7 @@ class _Block(nn.Module):
             gain = scaling.weight
             return chain(x, *triples, residual=projected, scale=scale, gain=gain)
         branch = chain(x, *triples[:-1], (*triples[-1][:2], None), se=se)
-        y = scaling(branch, settled(projected), None if scale is None else scale(branch))
+        y = scaling(branch, projected.settled(), None if scale is None else scale(branch))
         return activate_copy(y, self.relu)
 
     def zero_init_last(self) -> None:

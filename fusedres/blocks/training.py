@@ -51,7 +51,7 @@ def tail(
         return None
     norm, params = unit.norm, _mlp_params(mlp)
     x, weight, bias = operands(value(state), unit.conv)
-    out = conv_shape(x, weight, unit.geometry)
+    out = conv_shape(x.shape, weight, unit.geometry)
     side, side_norm = (None,) * 4, None
     if mlp is not None:
         residual = materialise(residual)

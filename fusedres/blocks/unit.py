@@ -47,6 +47,12 @@ State = Tensor | Pending
 
 def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
     """The unit that takes ``state`` through these modules, or why they must run as they are."""
+    unit = unit_of_modules(conv, norm, act)
+    return unit if isinstance(unit, str) else misfit(unit.conv, value(state), unit.norm) or unit
+
+
+def unit_of_modules(conv: nn.Module, norm: nn.Module, act) -> Unit | str:
+    """The unit that these modules are, or why they must run as they are."""
     geometry = geometry_of(conv)
     if isinstance(geometry, str):
         return geometry
@@ -54,23 +60,30 @@ def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
     if isinstance(found, str):
         return found
     name = act_of(act)
-    unit = Unit(conv, geometry, found, name or "identity", None if name is not None else act)
-    return misfit(unit.conv, value(state), found) or unit
+    return Unit(conv, geometry, found, name or "identity", None if name is not None else act)
 
 
 def misfit(conv: nn.Conv2d, x: Tensor, norm: Norm | None = None) -> str | None:
     """A reason when PyTorch's own modules must see these operands (and may raise on them)."""
-    weight = conv.weight
     if not isinstance(x, Tensor):
         return f"the input is a {type(x).__name__}"
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions, not 4"
     if x.dtype not in dispatch.DTYPES:
         return f"the input is {x.dtype}"
-    if x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
+    return operand_misfit(conv, norm, x.shape[1], x.dtype, x.device)
+
+
+def operand_misfit(
+    conv: nn.Conv2d, norm: Norm | None, channels: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """``misfit`` of an input [N, channels, H, W] that may not exist yet."""
+    weight = conv.weight
+    if channels != weight.shape[1] * conv.groups or device != weight.device:
         return "the input does not fit the convolution"
-    if x.dtype != weight.dtype and not autocasts(x, weight):
-        return f"the input is {x.dtype}, the convolution's weight {weight.dtype}"
+    casts = autocasts(weight) and dtype != torch.float64
+    if dtype != weight.dtype and not casts:
+        return f"the input is {dtype}, the convolution's weight {weight.dtype}"
     per_channel = () if norm is None else (norm.weight, norm.running_mean)
     if any(p is not None and len(p) != weight.shape[0] for p in per_channel):
         return "the norm does not fit the convolution"

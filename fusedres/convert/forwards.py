@@ -8,7 +8,6 @@ library puts into its block, the parts around it stay fused and the result stays
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..blocks import squeeze
-from ..blocks.chain import Scale, add_act, chain, project, settled
+from ..blocks.chain import Scale, Shortcut, add_act, chain
 from ..blocks.recognise import SE, hooked, not_pointwise, se_of
 from .activations import act_name, gate_name
 from .recipe import recipe_of
@@ -87,7 +86,7 @@ def _advance(x: Tensor, todo: list[Segment | nn.Module]) -> tuple[Tensor, list[S
 def _flush(
     x: Tensor,
     pending: list[Segment],
-    residual: partial | None = None,
+    residual: Shortcut | None = None,
     scale: Scale | None = None,
 ) -> Tensor:
     if not pending:
@@ -160,25 +159,20 @@ def residual_block(
         promotes: whether the peer adds as ``a + b``; most add into the branch, in its dtype.
     """
     name, todo, skipped = act_name(act), steps(body), list(flat((skip,)))
-    identity = partial(_project, x, skipped)
+    identity = Shortcut.through(x, skipped, run)
     _tell_unfused([*todo, *([act] if name is None else [])])
-    projects = len(skipped) >= 2 and isinstance(skipped[-2], nn.Conv2d)
-    if promotes and not projects and _autocast_dtype(x) != x.dtype:
-        branch, residual = _flush(*_advance(x, todo)), settled(identity)
+    if promotes and identity.projection is None and _autocast_dtype(x) != x.dtype:
+        branch, residual = _flush(*_advance(x, todo)), identity.settled()
         x = add_act(branch.to(torch.promote_types(branch.dtype, residual.dtype)), residual, name)
     else:
         x = _add(x, todo, identity, name, row_scale)
     return x if name is not None else act(x)
 
 
-def _project(x: Tensor, modules: list[nn.Module], batches: list) -> Tensor:
-    return project(run(x, modules[:-2]), modules[-2:], batches)
-
-
 def _add(
     x: Tensor,
     todo: list[Segment | nn.Module],
-    identity: partial,
+    identity: Shortcut,
     act: str | None,
     row_scale: Scale | None,
 ) -> Tensor:
@@ -188,7 +182,7 @@ def _add(
     if se is None and pending and pending[-1].act is None:
         pending[-1] = pending[-1]._replace(act=act)
         return _flush(x, pending, identity, row_scale)
-    x, residual = _flush(x, pending), settled(identity)
+    x, residual = _flush(x, pending), identity.settled()
     if se is not None and residual.shape == x.shape and row_scale is None:
         return squeeze_excite(x, se, residual.to(x.dtype), act)
     x = x if se is None else se(x)

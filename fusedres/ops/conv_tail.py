@@ -56,7 +56,7 @@ def tail_op(
         y, mask, *_ = residual_add.op(
             raw, *norm, *stats, residual, *side, scale, *_numbers(tail), tail.act, save_mask, False
         )
-        return y, *(t.clone() for t in stats), mask
+        return y, *stats, mask
     if tail.se is None:
         return bn_act.op(
             raw, *norm, residual, *stats, tail.batch_stats, tail.eps, tail.act, save_mask
@@ -112,6 +112,8 @@ class _ConvTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *tensors):
         y, mean, var, *rest = _forward(spec, x, *tensors)
+        if not spec[0].batch_stats:  # they may be the arguments themselves
+            mean, var = mean.clone(), var.clone()
         ctx.spec, ctx.layout = spec, memory_format(y)
         tail, _, (bn_batch_stats, *_), _ = spec
         kept = list(tensors)
@@ -145,7 +147,7 @@ class _ConvTail(torch.autograd.Function):
         raw, dy, residual = in_layout(
             ctx.layout, convolution(h, weight, bias, geometry), dy, residual
         )
-        draw, dnorm, dmlp, dresidual, dside = _tail_backward(
+        draw, dnorm, dmlp, dresidual, dside = tail_backward(
             dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needed[13]
         )
         inputs = x, *bn[:2], weight, bias
@@ -159,10 +161,13 @@ class _ConvTail(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-def _tail_backward(
+def tail_backward(
     dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needs_residual
 ):
-    """Gradients of (raw, norm, mlp, residual, the residual's norm)."""
+    """Gradients of (raw, norm, mlp, residual, the residual's norm).
+
+    ``residual`` is used where it has a norm, or where its activation leaves no mask.
+    """
     want = needs_residual and tail.act != "identity"
     if tail.side is not None or scale is not None:
         normed = tail.side is not None
@@ -175,12 +180,12 @@ def _tail_backward(
         return draw, cast[:2], [None] * 4, dresidual, cast[2:]
     if tail.se is None:
         draw, dweight, dbias, dresidual = bn_act.backward_op(
-            dy, raw, *norm, None, mean, var, *rest, tail.batch_stats, tail.eps, tail.act, want
+            dy, raw, *norm, residual, mean, var, *rest, tail.batch_stats, tail.eps, tail.act, want
         )
         dmlp = [None] * 4
     else:
         draw, dweight, dbias, *dmlp, dresidual = bn_se_act.backward_op(
-            dy, raw, *norm, mlp[0], mlp[2], None, mean, var, *rest,
+            dy, raw, *norm, mlp[0], mlp[2], residual, mean, var, *rest,
             tail.batch_stats, tail.eps, *tail.se, tail.act, want,
         )  # fmt: skip
     if tail.act == "identity":

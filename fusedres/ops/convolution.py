@@ -68,14 +68,14 @@ def conv_flops(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
 
 def conv_numel(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
     """The number of elements of the convolution's result."""
-    return conv_shape(x, weight, geometry).numel()
+    return conv_shape(x.shape, weight, geometry).numel()
 
 
-def conv_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> torch.Size:
-    """The shape of the convolution's result."""
+def conv_shape(shape: torch.Size, weight: Tensor, geometry: Geometry) -> torch.Size:
+    """The shape of the convolution's result for an input of ``shape``."""
     stride, padding, dilation, _ = geometry
     sizes = [
         (size + 2 * padding[i] - dilation[i] * (kernel - 1) - 1) // stride[i] + 1
-        for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
+        for i, (size, kernel) in enumerate(zip(shape[2:], weight.shape[2:], strict=True))
     ]
-    return torch.Size((x.shape[0], weight.shape[0], *sizes))
+    return torch.Size((shape[0], weight.shape[0], *sizes))
