@@ -13,7 +13,7 @@ from .blocks.drop_path import linear_decay
 from .blocks.preact import advance
 from .blocks.preact_sum import Sum, norm_relu
 from .blocks.resnet import conv1x1
-from .blocks.unit import materialise, track
+from .blocks.unit import materialise, track_all
 
 __all__ = [
     "PreActResNet",
@@ -57,8 +57,7 @@ def _normed(norm: nn.Module, relu: nn.Module, x: Sum) -> Tensor:
     """The norm and ReLU behind the last block."""
     batches: list = []
     y = materialise(norm_relu(x, norm, relu, batches))
-    for batch in batches:
-        track(*batch)
+    track_all(batches)
     return y
 
 

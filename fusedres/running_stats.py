@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,23 @@ def update_running_stats(
                 running.mul_(1 - momentum).add_(batch * momentum)
             else:
                 running.mul_(1 - momentum).add_(batch, alpha=momentum)
+
+
+def update_together(
+    running: Sequence[tuple[Tensor, Tensor]],
+    batch: Sequence[tuple[Tensor, Tensor]],
+    shapes: Sequence[torch.Size],
+    momentum: float,
+) -> None:
+    """``update_running_stats`` of several norms, in as many calls as one takes; the same bits."""
+    counts = [shape.numel() // shape[1] for shape in shapes]
+    means, variances = zip(*batch, strict=True)
+    with torch.no_grad():
+        unbiased = torch._foreach_mul(list(variances), [n / (n - 1) for n in counts])
+        old = [t for pair in zip(*running, strict=True) for t in pair]
+        new = [t.to(r.dtype) for t, r in zip((*means, *unbiased), old, strict=True)]
+        torch._foreach_mul_(old, 1 - momentum)
+        torch._foreach_add_(old, new, alpha=momentum)
 
 
 def recomputing() -> bool:

@@ -35,7 +35,7 @@ from .unit import (
     activate,
     materialise,
     operands,
-    track,
+    track_all,
     unit_of,
     value,
 )
@@ -75,8 +75,7 @@ def chain(
         for conv, norm, act in triples[:-1]:
             state = step(state, conv, norm, act, batches)
         y = _last(state, *triples[-1], residual, se, scale, batches, gain)
-    for batch in batches:  # last: an error above leaves the running statistics as they were
-        track(*batch)
+    track_all(batches)  # last: an error above leaves the running statistics as they were
     return y
 
 
@@ -119,8 +118,7 @@ class Shortcut:
         """The value, for where no chain adds it."""
         batches: list[Batch] = []
         value = materialise(self(batches))
-        for batch in batches:
-            track(*batch)
+        track_all(batches)
         return value
 
 

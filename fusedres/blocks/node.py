@@ -125,8 +125,8 @@ def as_one_node(branch: Branch, residual, scale, gain, batches: list[Batch]) -> 
     layers = (None,) * 4 if mlp is None else (mlp.w1, mlp.b1, mlp.w2, mlp.b2)
     parts = units if side is None else [*units, side]
     y, stats = residual_block(block, x, shortcut, rows, layers, [_tensors(u) for u in parts])
-    shapes = [*branch.shapes, out]  # a projection's result has the shape of what it is added to
-    for unit, used, shape in zip(parts, stats, shapes, strict=False):
+    shapes = *branch.shapes, *[out] * (side is not None)  # a projection's is what it is added to
+    for unit, used, shape in zip(parts, stats, shapes, strict=True):
         batches.append((unit.norm, *used, shape))
     return y if last.then is None else activate(y, last.then)
 

@@ -17,7 +17,7 @@ from .preact_sum import Sum, add_convolution, norm_relu
 from .recognise import hooked
 from .residual_scale import ResidualScale
 from .resnet import conv1x1, conv3x3
-from .unit import Batch, State, materialise, track
+from .unit import Batch, State, materialise, track_all
 
 
 def advance(module: nn.Module, state: Sum, stats: bool) -> Sum:
@@ -172,8 +172,7 @@ def _block(
         y = add_convolution(x, last, residual, scale, stats, block.residual_scale)
     else:
         y = Sum(residual)
-    for batch in batches:  # last: an error above leaves the running statistics as they were
-        track(*batch)
+    track_all(batches)  # last: an error above leaves the running statistics as they were
     return y
 
 

@@ -11,7 +11,8 @@ from .. import dispatch, reference
 from ..layout import dense
 from ..ops import bn_act
 from ..ops.convolution import Geometry
-from ..running_stats import recomputing, update_running_stats
+from ..ops.define import transformed
+from ..running_stats import recomputing, update_running_stats, update_together
 from .recognise import Norm, act_of, geometry_of, norm_of
 
 
@@ -130,11 +131,38 @@ def activate(x: Tensor, act: nn.Module | str | None) -> Tensor:
 Batch = tuple[Norm, Tensor, Tensor, torch.Size]  # norm, mean, variance, shape
 
 
+def track_all(batches: list[Batch]) -> None:
+    """Count batches in the running statistics of their norms, as nn.BatchNorm2d does in training.
+
+    Norms of one momentum are updated together: the calls cost more than the arithmetic.
+    """
+    counted = [batch for batch in batches if _tracks(batch[0])]
+    if torch.compiler.is_compiling() or transformed() or not _alike(counted):
+        for batch in counted:
+            track(*batch)
+        return
+    norms, means, variances, shapes = zip(*counted, strict=True)
+    torch._foreach_add_([n.module.num_batches_tracked for n in norms], 1)
+    running = [(n.running_mean, n.running_var) for n in norms]
+    pairs = list(zip(means, variances, strict=True))
+    update_together(running, pairs, shapes, norms[0].module.momentum)
+
+
+def _alike(batches: list[Batch]) -> bool:
+    """Whether one call may update the statistics of all: it wants lists, and none of them twice."""
+    modules = [norm.module for norm, *_ in batches]
+    buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in modules]
+    known = all(b is not None for three in buffers for b in three)
+    distinct = len({id(m.running_mean) for m in modules}) == len(modules) > 1
+    momenta = {m.momentum for m in modules}
+    same = len(momenta) == 1 and None not in momenta
+    return known and distinct and same and all(shape.numel() > 0 for *_, shape in batches)
+
+
 def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:
-    """Count a batch in a norm's running statistics, as nn.BatchNorm2d does in training."""
+    """Count a batch in a norm's running statistics."""
     module = norm.module
-    tracks = module.training and getattr(module, "track_running_stats", False)
-    if not norm.batch_stats or not tracks or recomputing():
+    if not _tracks(norm):
         return
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.num_batches_tracked is not None:
@@ -142,3 +170,9 @@ def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:
         if module.momentum is None:  # cumulative average
             momentum = 1.0 / module.num_batches_tracked.to(torch.float32)
     update_running_stats(norm.running_mean, norm.running_var, mean, var, shape, momentum)
+
+
+def _tracks(norm: Norm) -> bool:
+    module = norm.module
+    tracks = module.training and getattr(module, "track_running_stats", False)
+    return norm.batch_stats and tracks and not recomputing()

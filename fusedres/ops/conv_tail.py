@@ -97,8 +97,10 @@ def conv_tail(
 def _forward(spec, x, *tensors):
     tail, geometry, rest, save_mask = spec
     bn, (weight, bias), norm, mlp, residual, stats, side, scale = _split(tensors)
-    raw, *batch = conv_stats.op(x, *bn, *rest, weight, bias, *geometry, tail.batch_stats)
-    stats = batch if tail.batch_stats else stats
+    # With squeeze-excite the pass that squeezes gives batch norm's statistics as well.
+    in_conv = tail.batch_stats and tail.se is None
+    raw, *batch = conv_stats.op(x, *bn, *rest, weight, bias, *geometry, in_conv)
+    stats = batch if in_conv else stats
     return tail_op(dense(raw), tail, norm, mlp, residual, stats, side, scale, save_mask)
 
 

@@ -225,11 +225,14 @@ class _ResidualBlock(torch.autograd.Function):
             saved[start:end] for start, end in zip((0, *ends), ends, strict=False)
         )
         residual, *rest = saved[ends[-1] :]
+        del saved
+        ctx.maybe_clear_saved_tensors()  # what has been read is freed on the way
         if any(by_reference(op, dy) for op in block.ops):
             dy, *_ = in_layout(ctx.layout, dy)
             return None, *_as_graph(block, tensors, rest[-1], dy, needed)
         pairs = list(zip(stats[::2], stats[1::2], strict=True))
         run = _Run(None, list(raws), pairs, residual, rest)
+        del raws
         return None, *_Backward(block, tensors, needed, run, ctx.layout).grads(dy)
 
 
@@ -243,18 +246,23 @@ class _Backward:
         self.found: list[Tensor | None] = [None] * len(tensors)
 
     def grads(self, dy: Tensor) -> list[Tensor | None]:
-        block, found = self.block, self.found
-        d, h, dresidual = self._tail(dy)
-        for i in reversed(range(len(block.links))):
-            d, h = self._link(i, d, h), None
-        into = 0 if block.adds_x else 1
+        """One for each tensor; raw results are let go when they have been read."""
+        block, raws, found = self.block, self.run.raws, self.found
+        last, into = len(block.links) - 1, 0 if block.adds_x else 1
+        d, h, dshortcut = self._tail(dy)
+        raws[last] = None
         if block.side is not None:
-            dresidual = self._projection(dresidual)
+            dshortcut = self._projection(dshortcut)
+            raws[-1] = None
+        for i in reversed(range(last + 1)):
+            d, h = self._link(i, d, h), None
+            if i > 0:
+                raws[i - 1] = None
         if self.needed[0]:
             found[0] = d
-        if self.needed[into] and dresidual is not None:
-            # d is this node's own; the other may be dy.
-            found[into] = dresidual if found[into] is None else d.add_(dresidual)
+        if self.needed[into] and dshortcut is not None:
+            # In place: d is this node's own. The other may be dy.
+            found[into] = dshortcut if found[into] is None else d.add_(dshortcut)
         return [g if need else None for g, need in zip(found, self.needed, strict=True)]
 
     def _before(self, i: int) -> tuple[Tensor, tuple]:
