@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import dispatch, reference
 from ..layout import dense
 from . import bn_act
 from .bn_act import fake_stats
 from .convolution import conv_flops, conv_numel, convolution, convolution_backward
-from .define import Traffic, by_reference, define, numel_bytes, vjp
+from .define import Traffic, by_reference, define, numel_bytes, planned_in_parts, vjp
 
 SCHEMA = (
     "conv_stats(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var,"
@@ -43,6 +43,19 @@ def prologue(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act):
     if mean is None:
         return x
     return bn_act.op(x, bn_weight, bn_bias, None, mean, var, batch_stats, eps, act, False)[0]
+
+
+def in_parts(x, bn_weight, bn_bias, act, weight, bias, geometry, normed: bool) -> bool:
+    """Whether the norm before the convolution and the statistics behind it are calls of their own.
+
+    The norm's statistics need not be known yet.
+    """
+    if dispatch.choose("conv_stats", x).backend != "triton":
+        return True
+    some = x.new_empty(x.shape[1] if normed else 0, dtype=reference.acc_dtype(x.dtype))
+    mean = var = some if normed else None
+    bn = bn_weight, bn_bias, mean, var, True, 0.0, act
+    return planned_in_parts("conv_stats", _composed, (x, *bn, weight, bias, *geometry, True))
 
 
 def _no_stats(x):

@@ -194,6 +194,11 @@ def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
     return result
 
 
+def planned_in_parts(name: str, composed: Callable, args: tuple) -> bool:
+    """Whether Triton's plan for a composed op leaves it to the ops that it is made of."""
+    return triton_kernels.plan(name, partial(_unobserved, composed, *args), args).run is None
+
+
 def _or_reference(op: _Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
     """What ``kernel`` returns, or the reference where the GPU cannot run it; and which it was."""
     try:

@@ -146,47 +146,81 @@ def _flat(mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t.flatten(1) if t is not None and t.dim() == 4 else t for t in mlp]
 
 
-def _convolve(block: Block, part: _Part, x: Tensor, before: tuple, stats: bool):
-    """A link's raw result, and the statistics that its norm is to use."""
-    raw, *batch = conv_stats.op(x, *before, *_operands(block, part), *part.link.geometry, stats)
-    return raw, batch if stats else part.running
+class _Reader:
+    """Convolves raw results, whose statistics are taken when somebody reads them.
+
+    Where no kernel takes them with the convolution before, nor applies the norm in the one behind,
+    that is one call for both.
+    """
+
+    def __init__(self, block: Block, parts: list[_Part]):
+        self.block, self.parts = block, parts
+        self.raws: list[Tensor | None] = [None] * len(parts)
+        self.stats: list[Sequence[Tensor] | None] = [
+            None if part.link.batch_stats else part.running for part in parts
+        ]
+
+    def convolve(self, i: int, x: Tensor, before: int | None) -> None:
+        """Link ``i`` on the raw result of link ``before``; on ``x`` itself if that is None."""
+        part = self.parts[i]
+        norm = _NO_NORM if before is None else self.parts[before].prologue((None, None))
+        operands, geometry = _operands(self.block, part), part.link.geometry
+        parted = conv_stats.in_parts(
+            x, *norm[:2], norm[-1], *operands, geometry, before is not None
+        )
+        if before is not None and parted:
+            x, norm = self.normalised(before), _NO_NORM
+        elif before is not None:
+            norm = self.parts[before].prologue(self.statistics(before))
+        stats = part.link.batch_stats and not parted
+        # With squeeze-excite the pass that squeezes gives batch norm's statistics as well.
+        stats = stats and (self.block.se is None or i != len(self.block.links) - 1)
+        raw, *batch = conv_stats.op(x, *norm, *operands, *geometry, stats)
+        self.raws[i] = raw
+        if stats:
+            self.stats[i] = batch
+
+    def normalised(self, i: int) -> Tensor:
+        """The result of link ``i`` behind its norm and activation."""
+        weight, bias, *numbers = self.parts[i].prologue(self.stats[i] or (None, None))
+        y, *stats, _ = bn_act.op(dense(self.raws[i]), weight, bias, None, *numbers, False)
+        self.stats[i] = self.stats[i] or stats
+        return y
+
+    def statistics(self, i: int) -> Sequence[Tensor]:
+        """Those of the raw result of link ``i``."""
+        if self.stats[i] is None:
+            self.stats[i] = bn_act.stats_op(dense(self.raws[i]))
+        return self.stats[i]
 
 
 def _forward(block: Block, tensors: Sequence[Tensor | None]) -> _Run:
     x, shortcut, scale, *mlp = tensors[:_FIRST]
     parts, last = _parts(block, tensors), len(block.links) - 1
-    raws, stats, before = [], [], _NO_NORM
+    reader, tail = _Reader(block, parts), block.tail
     residual, side = x if block.adds_x else shortcut, _NO_SIDE
-    for part in parts[:last]:
-        x, used = _convolve(block, part, x, before, part.link.batch_stats)
-        before = part.prologue(used)
-        raws.append(x)
-        stats.append(used)
+    for i in range(last):
+        reader.convolve(i, x, i - 1 if i else None)
+        x = reader.raws[i]
     if block.side is not None:
-        residual, projected = _convolve(
-            block, parts[-1], residual, _NO_NORM, block.side.batch_stats
-        )
-        raw_side = residual
+        reader.convolve(last + 1, residual, None)
         if block.joint:
-            side = *parts[-1].norm, *projected
+            residual = reader.raws[-1]
+            side = *parts[-1].norm, *reader.statistics(last + 1)
         else:
-            residual = conv_stats.prologue(dense(raw_side), *parts[-1].prologue(projected))
-    link, conv, norm, _ = parts[last]
+            residual = reader.normalised(last + 1)
     if residual is not None:
-        residual = residual.contiguous(memory_format=conv_memory_format(x, conv[0]))
-    # With squeeze-excite the pass that squeezes gives batch norm's statistics as well.
-    in_conv = link.batch_stats and block.se is None
-    raw, used = _convolve(block, parts[last], x, before, in_conv)
-    raw = dense(raw)
+        layout = conv_memory_format(x, parts[last].conv[0])
+        residual = residual.contiguous(memory_format=layout)
+    reader.convolve(last, x, last - 1 if last else None)
+    raw = reader.raws[last] = dense(reader.raws[last])
+    adds = tail.side is not None or scale is not None  # by an op that takes no statistics
+    stats = reader.statistics(last) if adds else reader.stats[last] or (None, None)
     y, mean, var, *rest = tail_op(
-        raw, block.tail, norm, _flat(mlp), residual, used, side, scale, block.save_mask
+        raw, tail, parts[last].norm, _flat(mlp), residual, stats, side, scale, block.save_mask
     )
-    raws.append(raw)
-    stats.append((mean, var))
-    if block.side is not None:
-        raws.append(raw_side)
-        stats.append(projected)
-    return _Run(y, raws, stats, residual, rest)
+    reader.stats[last] = mean, var
+    return _Run(y, reader.raws, reader.stats, residual, rest)
 
 
 class _ResidualBlock(torch.autograd.Function):
