@@ -1,4 +1,4 @@
-"""A chain as one autograd node (``ops/residual_block.py``): when that is possible, and its operands.
+"""A chain as one autograd node (``ops/residual_block.py``): when that is possible, its operands.
 
 Every module must be known and every shape fit, and ``dispatch`` must find a kernel for every step
 op. Anything else runs step by step, which is also what raises where PyTorch does.

@@ -163,9 +163,7 @@ class _ConvTail(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-def tail_backward(
-    dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needs_residual
-):
+def tail_backward(dy, raw, tail, norm, mlp, mean, var, rest, residual, side, scale, needs_residual):
     """Gradients of (raw, norm, mlp, residual, the residual's norm).
 
     ``residual`` is used where it has a norm, or where its activation leaves no mask.

@@ -358,7 +358,9 @@ class _Backward:
                 dense(d, like=raw), raw, weight, bias, None, mean, var, empty_mask(raw), *numbers,
                 False,
             )  # fmt: skip
-            self._put(-1, 2, [None if p is None else g for p, g in zip(part.norm, dnorm, strict=True)])
+            self._put(
+                -1, 2, [None if p is None else g for p, g in zip(part.norm, dnorm, strict=True)]
+            )
         needs = self.needed[into], False, False
         return self._convolution(-1, d, self.tensors[into], _NO_NORM, needs)
 
