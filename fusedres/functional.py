@@ -9,6 +9,8 @@ differentiable twice.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -143,7 +145,7 @@ def conv_bn_act(
         bn_weight=bn_weight, bn_bias=bn_bias,
     )  # fmt: skip
     stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
-    y = _conv_on_meta(input, weight, bias, stride, padding, dilation, groups)
+    shape = _conv_shape(input, weight, bias, stride, padding, dilation, groups)
     params = dict(
         running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias
     )
@@ -154,24 +156,40 @@ def conv_bn_act(
         checks.same_device(name, p, input)
     if residual is not None:
         checks.same_device("residual", residual, input)
-        checks.like("residual", residual.to("meta"), y)
+        result = torch.empty(shape, dtype=input.dtype, device="meta")
+        checks.like("residual", residual.to("meta"), result)
     return conv_bn_act_op.op(
         input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, eps,
         stride, padding, dilation, groups, act,
     )  # fmt: skip
 
 
-def _conv_on_meta(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+def _conv_shape(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> torch.Size:
     """The result's shape; raises F.conv2d's own errors for operands that do not fit."""
     operands = input, weight, bias
+    like = all(t is None or (t.dtype, t.device) == (input.dtype, input.device) for t in operands)
+    shapes = tuple(None if t is None else t.shape for t in operands)
+    if not like:
+        shape = None
+    elif torch.compiler.is_compiling():  # whose sizes may be symbols, which no cache knows
+        shape = _shape_on_meta(shapes, input.dtype, geometry)
+    else:
+        key = tuple(tuple(g) if isinstance(g, list) else g for g in geometry)
+        shape = _cached_shape(shapes, input.dtype, key)
+    # On a real device PyTorch words the error better.
+    return torch.conv2d(*operands, *geometry).shape if shape is None else shape
+
+
+def _shape_on_meta(shapes: tuple, dtype: torch.dtype, geometry: tuple) -> torch.Size | None:
+    """The shape of F.conv2d's result; None where it raises."""
+    operands = (None if s is None else torch.empty(s, dtype=dtype, device="meta") for s in shapes)
     try:
-        y = torch.conv2d(*(None if t is None else t.to("meta") for t in operands), *geometry)
+        return torch.conv2d(*operands, *geometry).shape
     except RuntimeError:
-        # On a real device PyTorch words the error better.
-        return torch.conv2d(*operands, *geometry)
-    if any(t is not None and (t.dtype, t.device) != (input.dtype, input.device) for t in operands):
-        return torch.conv2d(*operands, *geometry)  # meta tensors do not compare them
-    return y
+        return None
+
+
+_cached_shape = lru_cache(maxsize=4096)(_shape_on_meta)
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

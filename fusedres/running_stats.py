@@ -41,15 +41,17 @@ def update_together(
     shapes: Sequence[torch.Size],
     momentum: float,
 ) -> None:
-    """``update_running_stats`` of several norms, in as many calls as one takes; the same bits."""
+    """``update_running_stats`` of several norms, in as many calls as one takes; the same bits.
+
+    Running and batch statistics are of one dtype.
+    """
     counts = [shape.numel() // shape[1] for shape in shapes]
     means, variances = zip(*batch, strict=True)
     with torch.no_grad():
         unbiased = torch._foreach_mul(list(variances), [n / (n - 1) for n in counts])
         old = [t for pair in zip(*running, strict=True) for t in pair]
-        new = [t.to(r.dtype) for t, r in zip((*means, *unbiased), old, strict=True)]
         torch._foreach_mul_(old, 1 - momentum)
-        torch._foreach_add_(old, new, alpha=momentum)
+        torch._foreach_add_(old, [*means, *unbiased], alpha=momentum)
 
 
 def recomputing() -> bool:

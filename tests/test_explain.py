@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
@@ -130,11 +131,49 @@ def test_a_foreign_part_keeps_its_reason():
 def test_a_plain_network_is_not_fused():
     model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     found = explain(model, images())
-    assert [r.reason for r in found.rows] == ["not in a fused block"] * 3
+    reason = "not in a fused block: call fusedres.fuse on the model"
+    assert [r.reason for r in found.rows] == [reason] * 3
     assert found.fused == 0 and found.bytes_moved == found.eager_bytes > 0
     fused = explain(fuse(model), images())
     assert fused.fused == 1
     assert "Conv2d" not in {r.op for r in fused.rows}
+
+
+class Own(nn.Module):
+    """A model's own module, which ``fuse`` cannot know."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Louder(torchvision.models.resnet.BasicBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("part,cause", [
+    (Own(), "fuse does not know Own"),
+    (Louder(8, 8), "Louder.forward is not the code of BasicBlock that fuse knows"),
+    (nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()),
+     "Sequential holds no convolution followed by a batch norm"),
+], ids=lambda v: type(v).__name__)  # fmt: skip
+def test_the_cause_of_a_part_that_fuse_left_alone(part, cause):
+    model = nn.Sequential(torchvision.models.resnet.BasicBlock(8, 8), part)
+    found = explain(fuse(model), images())
+    left = [r for r in found.rows if r.backend == "torch"]
+    assert left and all(r.reason == f"not in a fused block: {cause}" for r in left)
+
+
+def test_a_data_parallel_is_looked_through_and_a_script_module_refused():
+    model = block().eval()
+    alone, wrapped = explain(model, images()), explain(nn.DataParallel(model), images())
+    assert listed(wrapped) == [("module", *row[1:]) for row in listed(alone)]
+    with pytest.raises(TypeError, match="model: wanted a torch.nn.Module in Python, got a Script"):
+        explain(torch.jit.script(nn.Conv2d(8, 8, 1)), images())
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -153,10 +153,15 @@ def _alike(batches: list[Batch]) -> bool:
     modules = [norm.module for norm, *_ in batches]
     buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in modules]
     known = all(b is not None for three in buffers for b in three)
+    # In 16 bits PyTorch's calls for lists round the factors first, those for one tensor do not.
+    exact = known and all(
+        mean.dtype == m.running_mean.dtype == m.running_var.dtype
+        for m, (_, mean, _, _) in zip(modules, batches, strict=True)
+    )
     distinct = len({id(m.running_mean) for m in modules}) == len(modules) > 1
     momenta = {m.momentum for m in modules}
     same = len(momenta) == 1 and None not in momenta
-    return known and distinct and same and all(shape.numel() > 0 for *_, shape in batches)
+    return exact and distinct and same and all(shape.numel() > 0 for *_, shape in batches)
 
 
 def track(norm: Norm, mean: Tensor, var: Tensor, shape: torch.Size) -> None:

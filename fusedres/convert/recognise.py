@@ -7,7 +7,7 @@ from collections import Counter
 from torch import nn
 
 from . import huggingface, plain, plain_residuals, sequential, timm, torchvision
-from .recipe import Recipe, recipe_of
+from .recipe import Recipe, loaded, recipe_of
 
 FUSING: tuple[Recipe, ...] = (
     *torchvision.RECIPES,
@@ -31,6 +31,25 @@ def unfusing_recipe(module: nn.Module) -> Recipe | None:
 def recipe_for_class(kind: type) -> Recipe | None:
     """The recipe that replaces the forward of ``kind``, or None."""
     return next((recipe for recipe in (*FUSING, *UNFUSING) if recipe.replaces(kind)), None)
+
+
+def why_left_alone(module: nn.Module) -> str | None:
+    """Why modules directly inside ``module`` run by themselves; None where it is fused itself."""
+    kind = type(module)
+    if is_fused(module):
+        return None
+    if fusing_recipe(module) is not None:
+        return "call fusedres.fuse on the model"
+    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        return f"{kind.__name__} holds no convolution followed by a batch norm"
+    for recipe in FUSING:
+        peer = loaded(recipe.peer)
+        if peer is None or peer is nn.Sequential or not issubclass(kind, peer):
+            continue
+        if recipe.replaces(kind):
+            return f"this {kind.__name__} is of a form that fuse does not take"
+        return f"{kind.__name__}.{recipe.method} is not the code of {peer.__name__} that fuse knows"
+    return f"fuse does not know {kind.__name__}"
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import dispatch
 from ..blocks import SqueezeExcite
 from ..blocks.recognise import only_listens
+from ..convert.recognise import why_left_alone
 from .table import render, size
 
 # What runs an op in one pass of its own. Anything else is PyTorch's eager execution.
@@ -114,7 +115,7 @@ def explain(model: nn.Module, *inputs) -> Explanation:
     random number generators are left as they were.
 
     Args:
-        model: any module.
+        model: any module in Python; a DataParallel is looked through.
         inputs: its positional arguments.
 
     Returns:
@@ -124,13 +125,19 @@ def explain(model: nn.Module, *inputs) -> Explanation:
         ``forward`` of a foreign module (a ``+`` between two layers) is not seen.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or is a ScriptModule, whose code is compiled.
         Whatever the model's forward raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: wanted a torch.nn.Module in Python, got a ScriptModule; "
+            "explain the model before torch.jit.script or torch.jit.trace"
+        )
     inputs = tree_map_only(Tensor, _copy, inputs)
     recorder = _Recorder(model)
+    model = model.module if isinstance(model, nn.DataParallel) else model
     # The model runs on copies of its buffers: nothing has to be undone, not even their versions.
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with _same_random_state(model, inputs), recorder.listening():
@@ -222,9 +229,17 @@ class _Recorder:
         if moved == 0:
             return
         kind = type(frame.module).__name__
-        reason = frame.reason or ("not in a fused block" if _is_fusable(frame.module) else None)
+        reason = frame.reason or self._outside(frame.module)
         self._drop_notice(frame.reason)
         self.rows.append(Row(frame.name, kind, "torch", 1, moved, moved, reason))
+
+    def _outside(self, module: nn.Module) -> str | None:
+        """What to say of a module that a fused op could have run."""
+        if not _is_fusable(module):
+            return None
+        around = self._frames[-1].module if self._frames else None
+        cause = None if around is None else why_left_alone(around)
+        return "not in a fused block" + (f": {cause}" if cause else "")
 
     def _drop_notice(self, reason: str | None) -> None:
         """The modules that a notice is about have rows of their own: it has none."""
