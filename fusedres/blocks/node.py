@@ -16,7 +16,8 @@ from ..ops.bn_act import saves_mask
 from ..ops.conv_tail import worth_recomputing
 from ..ops.convolution import conv_shape
 from ..ops.define import transformed
-from ..ops.residual_block import Block, Link, residual_block
+from ..ops.residual_block import residual_block
+from ..ops.residual_block_forward import Block, Link
 from .recognise import SE, se_of, wants_grad
 from .residual_scale import scaled_norm
 from .unit import Batch, Unit, activate, autocasts, operand_misfit, unit_of, unit_of_modules
