@@ -49,7 +49,11 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activation_mask(z: Tensor, act: str) -> Tensor:
-    """True where the activation passes the gradient. NaN passes, as in PyTorch."""
+    """True where the activation passes the gradient.
+
+    NaN passes, as in PyTorch; for relu6 as in its scalar code, where its vectorised code gives 0
+    (PyTorch 2.13 on a CPU: which one an element meets depends on its place in the tensor).
+    """
     mask = ~(z <= 0)
     return mask & ~(z >= 6) if act == "relu6" else mask
 

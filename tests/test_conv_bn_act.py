@@ -227,6 +227,23 @@ def test_what_cannot_be_one_call_says_why():
         assert "reference backend" in event(torch.float32, "relu").reason
 
 
+def test_a_shape_is_worked_out_once(monkeypatch):
+    """Every error of a misfit stays PyTorch's, each time."""
+    x, w, stats = torch.randn(2, 3, 7, 5), torch.randn(4, 3, 3, 3), (torch.zeros(4), torch.ones(4))
+    calls, conv2d = [], torch.conv2d
+    monkeypatch.setattr(torch, "conv2d", lambda *args: calls.append(args) or conv2d(*args))
+    for _ in range(2):
+        fusedres.functional.conv_bn_act(x, w, None, *stats, stride=(2, 1))
+    assert sum(args[0].is_meta for args in calls) <= 1
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected input"):
+            fusedres.functional.conv_bn_act(x[:, :2], w, None, *stats)
+        with pytest.raises(RuntimeError):
+            fusedres.functional.conv_bn_act(x.double(), w, None, *stats)
+        with pytest.raises(ValueError, match="residual: wanted shape"):
+            fusedres.functional.conv_bn_act(x, w, None, *stats, residual=x)
+
+
 def test_bytes_moved():
     x, weight = randn((2, 8, 4, 4)), randn((4, 8, 1, 1))  # 1024 and 128 bytes; y: 512
     stats = channels(4), channels(4, low=0.5)

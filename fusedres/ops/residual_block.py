@@ -69,8 +69,11 @@ class _ResidualBlock(torch.autograd.Function):
             t.clone() if t is not None and i >= FIRST and (i - FIRST) % TENSORS >= 4 else t
             for i, t in enumerate(tensors)
         ]
-        with torch.autocast(tensors[0].device.type, enabled=False):  # the casts are made here
+        if block.dtype is None:
             run = forward(block, tensors)
+        else:
+            with torch.autocast(tensors[0].device.type, enabled=False):  # the casts are made here
+                run = forward(block, tensors)
         ctx.block, ctx.layout = block, memory_format(run.y)
         raws, residual, last = list(run.raws), None, len(block.links) - 1
         if block.recompute:

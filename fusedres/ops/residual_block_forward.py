@@ -102,9 +102,11 @@ def parts_of(block: Block, tensors: Sequence[Tensor | None]) -> list[Part]:
     return [Part(link, *three) for link, three in zip(links, pairs, strict=True)]
 
 
-def operands(block: Block, part: Part) -> list[Tensor | None]:
+def operands(block: Block, part: Part) -> Sequence[Tensor | None]:
     """Weight and bias of a convolution as it takes them."""
-    return [t if t is None or block.dtype is None else t.to(block.dtype) for t in part.conv]
+    if block.dtype is None:
+        return part.conv
+    return [None if t is None else t.to(block.dtype) for t in part.conv]
 
 
 def flat(mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
