@@ -12,20 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import dispatch, reference
+from .. import reference
 from ..layout import dense
 from . import bn_act
 from .bn_act import fake_stats
 from .convolution import conv_flops, conv_numel, convolution, convolution_backward
-from .define import (
-    OwnKernel,
-    Traffic,
-    by_reference,
-    define,
-    numel_bytes,
-    planned_in_parts,
-    vjp,
-)
+from .define import OwnKernel, Traffic, by_reference, define, numel_bytes, vjp
 
 SCHEMA = (
     "conv_stats(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var,"
@@ -64,12 +56,12 @@ def in_parts(x, bn_weight, bn_bias, act, weight, bias, geometry, normed: bool) -
 
     The norm's statistics need not be known yet.
     """
-    if dispatch.choose("conv_stats", x).backend != "triton":
+    if not op.planned(x):
         return True
     some = x.new_empty(x.shape[1] if normed else 0, dtype=reference.acc_dtype(x.dtype))
     mean = var = some if normed else None
     bn = bn_weight, bn_bias, mean, var, True, 0.0, act
-    return planned_in_parts("conv_stats", _composed, (x, *bn, weight, bias, *geometry, True))
+    return op.in_parts(x, *bn, weight, bias, *geometry, True)
 
 
 def _no_stats(x):

@@ -60,7 +60,7 @@ class Op:
     run: Callable
     meaning: Callable | None
     function: type[torch.autograd.Function] | None
-    traffic: Traffic | None
+    spec: _Spec
 
     def __call__(self, *args):
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -73,6 +73,18 @@ class Op:
         if not any(t.requires_grad for t in tensors):
             return self.run(*args)
         return self.function.apply(*args)
+
+    @property
+    def traffic(self) -> Traffic | None:
+        return self.spec.traffic
+
+    def planned(self, x: Tensor) -> bool:
+        """Whether a measured plan decides who runs this composed op on ``x``."""
+        return _goes_by_plan(self.spec, dispatch.choose(self.spec.name, x), x)
+
+    def in_parts(self, *args) -> bool:
+        """Whether the plan leaves the op to the ops that it is made of."""
+        return _plan(self.spec, dispatch.choose(self.spec.name, args[0]), args).run is None
 
 
 def transformed() -> bool:
@@ -120,7 +132,7 @@ def define(
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
-        natively = own is not None and choice.backend == "native" and x.device.type == "cuda"
+        natively = not on_triton and _goes_by_plan(spec, choice, x)
         if dispatch.observed() and traffic is not None and not (on_triton or natively):
             dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
         if on_triton:
@@ -149,7 +161,7 @@ def define(
     dispatched = getattr(torch.ops.fusedres, name)
     meaning = composed or reference
     if backward is None:
-        return Op(dispatched, run, meaning, None, traffic)
+        return Op(dispatched, run, meaning, None, spec)
     torch.library.register_autograd(
         f"fusedres::{name}", backward, setup_context=setup_context, lib=_public
     )
@@ -162,7 +174,7 @@ def define(
     # Not with setup_context: PyTorch then inspects the signature, 50 to 80 us a call.
     parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), parts)
-    return Op(dispatched, run, meaning, function, traffic)
+    return Op(dispatched, run, meaning, function, spec)
 
 
 def _launched(native: Callable, run: Callable, name: str, x: Tensor, *args):
@@ -192,11 +204,27 @@ class _Spec:
         return (partial(self.native, *args) if reason is None else None), reason
 
 
+def _goes_by_plan(op: _Spec, choice: dispatch.Choice, x: Tensor) -> bool:
+    if op.composed is None:
+        return False
+    natively = op.own is not None and choice.backend == "native" and x.device.type == "cuda"
+    return natively or (choice.backend == "triton" and triton_kernels.has(op.name))
+
+
+def _plan(op: _Spec, choice: dispatch.Choice, args: tuple):
+    """Who runs a composed op on the chosen backend, as a ``kernels.ways.Plan``."""
+    kernel, reason = op.own_kernel(args)
+    if choice.backend == "native":
+        by_name = dispatch.forced_backend() == "native"
+        return triton_kernels.ways().native_plan(
+            kernel, reason, *op.own.convolution(*args), by_name
+        )
+    return triton_kernels.plan(op.name, partial(_unobserved, op.composed, *args), kernel, args)
+
+
 def _natively(op: _Spec, run: Callable, *args):
     """A composed op's own CUDA kernel or its composition, and tell the observers which."""
-    kernel, reason = op.own_kernel(args)
-    by_name = dispatch.forced_backend() == "native"
-    plan = triton_kernels.ways().native_plan(kernel, reason, *op.own.convolution(*args), by_name)
+    plan = _plan(op, dispatch.Choice("native"), args)
     if dispatch.observed():
         traffic = op.traffic if plan.run is None else op.fused_traffic
         dispatch.notify(_event(op.name, traffic, dispatch.Choice(plan.by, plan.why), args))
@@ -211,8 +239,7 @@ def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
     if op.composed is None:
         kernel = partial(triton_kernels.launcher(op.name), *args)
     else:
-        plain = partial(_unobserved, op.composed, *args)
-        plan = triton_kernels.plan(op.name, plain, op.own_kernel(args)[0], args)
+        plan = _plan(op, choice, args)
         choice, kernel = dispatch.Choice(plan.by, plan.why), plan.run
         traffic = op.traffic if kernel is None else op.fused_traffic
     if kernel is None:  # its parts speak for themselves
@@ -226,11 +253,6 @@ def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
     event = _event(op.name, traffic, choice, args)
     dispatch.notify(replace(event, launches=len(launched)) if launched else event)
     return result
-
-
-def planned_in_parts(name: str, composed: Callable, args: tuple) -> bool:
-    """Whether Triton's plan for a composed op leaves it to the ops that it is made of."""
-    return triton_kernels.plan(name, partial(_unobserved, composed, *args), args).run is None
 
 
 def _or_reference(op: _Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
