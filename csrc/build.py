@@ -7,6 +7,7 @@ only and holds CUDA's runtime itself, so it loads beside a torch for CPUs and be
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -180,9 +181,11 @@ def ninja_file(target: Path, work: Path, sanitize: str, cuda: Cuda | None) -> st
         f"flags = {compile_flags(sanitize)}",
         f"torch = {TORCH_TARGET} -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
+        # no "deps = gcc": what two builds at once leave of its log, ninja 1.13 neither reads nor mends
+        # (ninja-build/ninja#2703), and then compiles everything each time
         "rule cxx\n  description = compile $in",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
+        "  depfile = $out.d",
         # an empty library with the right soname: the real ones are in the process when this loads
         "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null"
         + " -Wl,-soname,$soname -o $out",
@@ -241,7 +244,7 @@ def _cuda_objects(work: Path, cuda: Cuda, lines: list[str]) -> list[Path]:
         f"nvcc_flags = {nvcc_flags(cuda)}",
         "rule nvcc\n  description = compile $in for " + " ".join(cuda.archs),
         "  command = $nvcc -ccbin $cxx $nvcc_flags $torch -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
+        "  depfile = $out.d",
     ]
     objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.c[pu]*")):
@@ -266,8 +269,10 @@ def build(target: Path) -> None:
     work = ROOT / "build" / ("ninja" + (f"-{sanitize.replace(',', '-')}" if sanitize else ""))
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(ninja_file(target, work, sanitize, cuda))
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)])
+    with (work / "lock").open("w") as lock:  # of two builds at once the second finds it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (work / "build.ninja").write_text(ninja_file(target, work, sanitize, cuda))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)])
     if done.returncode:
         compilers = compiler() if cuda is None else f"{compiler()} or {cuda.nvcc}"
         raise CompileError(

@@ -125,16 +125,28 @@ class Workspace {
 };
 
 // Calls function<scalar_t>(...) for the scalar type of a Dtype.
+//
+// FUSEDRES_INSTANCES(extern template, function, Params) says, behind the definition of a pass that
+// several ops launch, that it is compiled elsewhere: in the .cu that says the same with `template`.
+// Without it every op's object holds all its kernels again.
 #if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
   ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
                                    : function<__nv_bfloat16>(__VA_ARGS__))
+#define FUSEDRES_INSTANCES(kind, function, Params)               \
+  kind cudaError_t function<float>(const Params&, cudaStream_t); \
+  kind cudaError_t function<__nv_bfloat16>(const Params&, cudaStream_t)
 #else
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kFloat32    ? function<float>(__VA_ARGS__)         \
    : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \
    : (dtype) == ::fusedres::kFloat16  ? function<__half>(__VA_ARGS__)        \
                                       : function<double>(__VA_ARGS__))
+#define FUSEDRES_INSTANCES(kind, function, Params)                       \
+  kind cudaError_t function<float>(const Params&, cudaStream_t);         \
+  kind cudaError_t function<__nv_bfloat16>(const Params&, cudaStream_t); \
+  kind cudaError_t function<__half>(const Params&, cudaStream_t);        \
+  kind cudaError_t function<double>(const Params&, cudaStream_t)
 #endif
 
 }  // namespace cuda

@@ -289,5 +289,8 @@ cudaError_t backward_reduce(const StreamParams& a, cudaStream_t stream) {
   return launch_stream(FUSEDRES_STREAM_KERNEL(stream_bwd_reduce_kernel, T, a, any), a, stream);
 }
 
+FUSEDRES_INSTANCES(extern template, stream_stats, StreamParams);  // stream_reduce.cu
+FUSEDRES_INSTANCES(extern template, backward_reduce, StreamParams);
+
 }  // namespace cuda
 }  // namespace fusedres
