@@ -62,6 +62,7 @@ def ops():
     library = torch.library.Library("fusedres_on_host", "DEF")
     for schema in SCHEMAS:
         library.define(schema)
+    library.define("cuda_launches() -> int")
     _kept.append(library)
     torch.ops.load_library(str(target))
     simulator = ctypes.CDLL(str(target))

@@ -33,6 +33,7 @@
 
 #include "../bn_math.h"
 #include "../dtype.h"
+#include "launched.h"
 #include "prim.cuh"
 
 namespace fusedres {
@@ -82,7 +83,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
     attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
   }
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess) ++launched_by_thread;
+  return error;
 }
 
 // What the heuristics of the launches need to know of the current device.

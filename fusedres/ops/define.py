@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch, triton_kernels
+from .. import native as library
 
 _public = torch.library.Library("fusedres", "DEF")
 _native = torch.library.Library("fusedres_native", "DEF")
 _native.define("cpu_isa() -> int")
 _native.define("cuda_inside() -> str")
+_native.define("cuda_launches() -> int")
 _native.define(
     "fingerprint(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
     " Tensor var) -> int"
@@ -110,16 +112,20 @@ def define(
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
+        on_cuda = choice.backend == "native" and native is not None and x.device.type == "cuda"
+        event = None
         if dispatch.observed() and traffic is not None and not on_triton:
-            dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
+            event = _event(name, traffic, describe(*args) if describe else choice, args)
+            if not on_cuda:  # nor Triton: they count what they launch
+                dispatch.notify(event)
         if on_triton:
             kernel = partial(_on_triton, spec, choice)
         elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
-            if x.device.type == "cpu":
+            if not on_cuda:
                 return native(*args)
-            kernel = partial(_launched, native, run, name, x)
+            kernel = partial(_launched, event, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:
@@ -152,13 +158,19 @@ def define(
     return Op(dispatched, run, meaning, function, traffic)
 
 
-def _launched(native: Callable, run: Callable, name: str, x: Tensor, *args):
-    """The library's CUDA kernel; where its launch is refused, ``run`` on the next backend."""
+def _launched(
+    event: dispatch.Event | None, native: Callable, run: Callable, name: str, x: Tensor, *args
+):
+    """The library's CUDA kernels; where a launch is refused, ``run`` on the next backend."""
+    before = library.cuda_launches() if event else 0
     try:
-        return native(*args)
+        result = native(*args)
     except RuntimeError as error:
         dispatch.hand_over(name, x, error)
-    return run(*args)
+        return run(*args)
+    if event:
+        dispatch.notify(replace(event, launches=library.cuda_launches() - before))
+    return result
 
 
 @dataclass(frozen=True)
