@@ -184,8 +184,8 @@ def ninja_file(
         f"flags = {compile_flags(sanitize)}",
         f"torch = {TORCH_TARGET} -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
-        # no "deps = gcc": two builds at once spoil its log, which ninja 1.13 does not mend, and then
-        # compiles everything each time (ninja-build/ninja#2703)
+        # no "deps = gcc": two builds at once spoil its log, and ninja 1.13 never mends it: from then
+        # on each build compiles everything (ninja-build/ninja#2703)
         "rule cxx\n  description = compile $in",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
