@@ -184,8 +184,8 @@ def ninja_file(
         f"flags = {compile_flags(sanitize)}",
         f"torch = {TORCH_TARGET} -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
-        # no "deps = gcc": two builds at once spoil its log, and ninja 1.13 never mends it: from then
-        # on each build compiles everything (ninja-build/ninja#2703)
+        # no "deps = gcc": two builds at once spoil its log, ninja 1.13 does not mend it, and from
+        # then on each build compiles everything (ninja-build/ninja#2703)
         "rule cxx\n  description = compile $in",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -276,7 +276,7 @@ def build(target: Path) -> None:
     with (work / "lock").open("w") as lock:  # of two builds at once the second finds it done
         fcntl.flock(lock, fcntl.LOCK_EX)
         # a sanitizer's own library asks for what it needs
-        stand_ins = [] if sanitize else glibc.stand_ins(compiler(), work)
+        stand_ins = [] if sanitize else glibc.stand_ins(compiler(), work / "older")
         (work / "build.ninja").write_text(ninja_file(target, work, sanitize, cuda, stand_ins))
         done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)])
     if done.returncode:

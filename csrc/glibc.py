@@ -24,7 +24,11 @@ HOMES = {
 
 
 def stand_ins(compiler: str, folder: Path) -> list[Path]:
-    """The libraries to link before glibc's own, made in ``folder``; none where glibc is none."""
+    """The libraries to link before glibc's own, made in ``folder``; none where glibc is none.
+
+    The folder must hold nothing else: nvcc's programs load libraries from where they are started.
+    """
+    folder.mkdir(exist_ok=True)
     made = []
     for soname, versions in sorted(_older(compiler).items()):
         path = folder / soname
