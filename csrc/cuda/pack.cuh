@@ -9,6 +9,11 @@ namespace cuda {
 
 constexpr int kPack = 8;
 
+// Blocks a multiprocessor that __launch_bounds__ asks for; 0: ptxas decides. It spills some kernels
+// for accesses of any width, on sm_100 and sm_120, to fit a third one.
+template <typename T, bool kWide>
+constexpr int kMinBlocks = kWide || sizeof(T) == 8 ? 0 : 2;
+
 template <typename T>
 struct Accumulator {
   using type = float;
