@@ -41,8 +41,8 @@ def _torch_flags() -> str:
 
 
 @cache
-def ops():
-    """The namespace of the ops, ``torch.ops.fusedres_on_host``; compiles what changed."""
+def built() -> Path:
+    """The library; compiles what changed."""
     sources = {*(CSRC / "cuda").glob("*.cu")} - {*cuda_host.PASSES}
     sources |= {CSRC / "cuda" / "registration.cpp", CSRC / "view.cpp"}
     key = hashlib.sha256(cuda_host.digest(cuda_host.KERNELS, cuda_host.SIMULATOR).encode())
@@ -59,14 +59,27 @@ def ops():
             link = cuda_host.compiler(), "-shared", "-o", half_done, *parts, *shared, "-ldl"
             cuda_host.run(*link, *torch_libraries)
             half_done.replace(target)
+    return target
+
+
+@cache
+def simulated() -> ctypes.CDLL:
+    """The simulator in the library."""
+    simulator = ctypes.CDLL(str(built()))
+    simulator.sim_set_device(4, 227 * 1024, 9)
+    return simulator
+
+
+@cache
+def ops():
+    """The namespace of the ops, ``torch.ops.fusedres_on_host``."""
     library = torch.library.Library("fusedres_on_host", "DEF")
     for schema in SCHEMAS:
         library.define(schema)
     library.define("cuda_launches() -> int")
     _kept.append(library)
-    torch.ops.load_library(str(target))
-    simulator = ctypes.CDLL(str(target))
-    simulator.sim_set_device(4, 227 * 1024, 9)
+    torch.ops.load_library(str(built()))
+    simulated()
     return torch.ops.fusedres_on_host
 
 
