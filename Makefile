@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# GPUs that `make wheel` compiles CUDA kernels for (fusedres/toolchain.py); empty: none.
+# GPUs that `make wheel` and `make gate` compile CUDA kernels for (fusedres/toolchain.py); empty: none.
 ARCHS ?= all
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -75,7 +75,7 @@ bench: build $(BENCH_READY) ## run a few minutes of benchmarks; FULL=1: all of t
 
 gate: build $(TEST_READY) ## compile the Triton and CUDA kernels for every GPU generation; print what they cost
 	$(PY) tests/compile_gate.py $(ARGS)
-	$(PY) tests/cuda_gate.py
+	$(if $(ARCHS),$(PY) tests/cuda_gate.py $(ARCHS:all=))
 
 sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan build of the C++
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
@@ -84,7 +84,7 @@ sanitize: $(SANITIZED) $(TEST_READY) ## run the op tests on an ASan + UBSan buil
 
 # auditwheel names the oldest Linux that the wheel runs on; torch's libraries are torch's.
 wheel: $(WHEEL_READY) ## build a wheel into dist/ for every GPU; ARCHS=90a: for that one, ARCHS=: for CPUs
-	rm -rf build/wheel
+	rm -rf build/wheel build/lib*
 	FUSEDRES_CUDA_ARCHS="$(ARCHS)" $(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheel
 	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' \
 	--exclude libc10.so --wheel-dir dist build/wheel/*.whl

@@ -7,6 +7,7 @@ only and holds CUDA's runtime itself, so it loads beside a torch for CPUs and be
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -32,15 +33,16 @@ ISAS = {
 }
 
 
-def _toolchain():
-    """fusedres/toolchain.py by itself: importing the package would need the library."""
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "fusedres" / "toolchain.py")
+def _load(path: Path):
+    """A file by itself: importing the package would need the library."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-toolchain = _toolchain()
+toolchain = _load(ROOT / "fusedres" / "toolchain.py")
+glibc = _load(ROOT / "csrc" / "glibc.py")
 
 
 @dataclass(frozen=True)
@@ -175,16 +177,20 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(target: Path, work: Path, sanitize: str, cuda: Cuda | None) -> str:
+def ninja_file(
+    target: Path, work: Path, sanitize: str, cuda: Cuda | None, stand_ins: Sequence[Path] = ()
+) -> str:
     """The build as ninja text: one object a source, and one a kernel source and instruction set."""
     lines = [
         f"cxx = {compiler()}",
         f"flags = {compile_flags(sanitize)}",
         f"torch = {TORCH_TARGET} -isystem {torch_include()}",
         f"sanitize = {'-fsanitize=' + sanitize if sanitize else ''}",
+        # no "deps = gcc": two builds at once spoil its log, ninja 1.13 does not mend it, and from
+        # then on each build compiles everything (ninja-build/ninja#2703)
         "rule cxx\n  description = compile $in",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
+        "  depfile = $out.d",
         # an empty library with the right soname: the real ones are in the process when this loads
         "rule stub\n  command = $cxx -shared -nostdlib -x c++ /dev/null"
         + " -Wl,-soname,$soname -o $out",
@@ -203,17 +209,18 @@ def ninja_file(target: Path, work: Path, sanitize: str, cuda: Cuda | None) -> st
     lines.append(f"  more = -DFUSEDRES_CUDA_INSIDE='\"{inside}\"'")
     objects.append(info)
     libraries = ""
+    older = " ".join(map(str, stand_ins))  # behind what needs them, before what they stand in for
     if cuda is not None:
         objects += _cuda_objects(work, cuda, lines)
         folders = " ".join(f"-L{folder}" for folder in cuda.libraries)
-        libraries = f"{folders} -lcudart_static -lpthread -ldl -lrt"
+        libraries = f"{folders} -lcudart_static"
     stubs = [work / f"lib{lib}.so" for lib in TORCH_LIBS]
     for stub in stubs:
         lines.append(f"build {escape(stub)}: stub\n  soname = {stub.name}")
     inputs = " ".join(map(escape, objects))
     depends = " ".join(map(escape, stubs))
     lines.append(f"build {escape(target)}: link {inputs} | {depends}")
-    lines.append(f"  stubs = {work}\n  libraries = {libraries}")
+    lines.append(f"  stubs = {work}\n  libraries = {libraries} {older} -lpthread -ldl -lrt")
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +250,7 @@ def _cuda_objects(work: Path, cuda: Cuda, lines: list[str]) -> list[Path]:
         f"nvcc_flags = {nvcc_flags(cuda)}",
         "rule nvcc\n  description = compile $in for " + " ".join(cuda.archs),
         "  command = $nvcc -ccbin $cxx $nvcc_flags $torch -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
+        "  depfile = $out.d",
     ]
     objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.c[pu]*")):
@@ -268,8 +275,12 @@ def build(target: Path) -> None:
     work = ROOT / "build" / ("ninja" + (f"-{sanitize.replace(',', '-')}" if sanitize else ""))
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(ninja_file(target, work, sanitize, cuda))
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)])
+    with (work / "lock").open("w") as lock:  # of two builds at once the second finds it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # a sanitizer's own library asks for what it needs
+        stand_ins = [] if sanitize else glibc.stand_ins(compiler(), work / "older")
+        (work / "build.ninja").write_text(ninja_file(target, work, sanitize, cuda, stand_ins))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)])
     if done.returncode:
         compilers = compiler() if cuda is None else f"{compiler()} or {cuda.nvcc}"
         raise CompileError(

@@ -64,6 +64,11 @@ def cuda_inside() -> tuple[tuple[int, int], tuple[str, ...]] | None:
     return (int(major), int(minor)), tuple(archs.split(","))
 
 
+def cuda_launches() -> int:
+    """How many kernels this thread has launched so far."""
+    return torch.ops.fusedres_native.cuda_launches()
+
+
 @cache
 def driver() -> tuple[int, int] | None:
     """The CUDA release that the NVIDIA driver is made for; None without a driver."""

@@ -1,11 +1,12 @@
 """Compiles every CUDA kernel for every GPU generation, without a GPU, and reads the machine code.
 
-    python tests/cuda_gate.py [ARCH ...]
+    python tests/cuda_gate.py [--library FILE] [ARCH ...]
 
-prints a table and fails on what the kernels must not do: spill registers; where they stream 16-bit
-activations that are aligned, read or write them one by one; convolve without tensor cores, or, where
-aligned, without asynchronous copies of 16 bytes; on Hopper, without wgmma and tensor copies. Two
-files compile at a time.
+prints a table and fails on what the kernels must not do: spill registers; where they stream
+activations that are aligned, read or write them in pieces of less than 16 bytes; convolve without
+tensor cores, or, where aligned, without asynchronous copies of 16 bytes; on Hopper, without wgmma
+and tensor copies. With --library it reads what a build has compiled. Otherwise it compiles, two
+files at a time.
 """
 
 from __future__ import annotations
@@ -20,32 +21,47 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
 
 import build as library  # noqa: E402
-from fusedres import toolchain  # noqa: E402
+from fusedres import elf, toolchain  # noqa: E402
 from fusedres.report.table import render  # noqa: E402
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Kernels that stream activations, and which of their template arguments says that accesses are of
-# 16 bytes: the others are for addresses and sizes that do not allow it.
-WIDE = {
-    "residual_mix_fwd_kernel": 1,
-    "residual_mix_bwd_kernel": 1,
-    "stream_fwd_apply_kernel": 2,
-    "stream_bwd_reduce_kernel": 2,
-    "stream_bwd_apply_kernel": 2,
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a kernel that streams activations reads and writes."""
+
+    reads: int  # tensors of activations
+    writes: int
+    numbers: int = 0  # stored one by one: statistics, and the sums of a block
+    wide: int | None = None  # the template argument that says: aligned; the others may be narrower
+
+
+STREAMING = {
+    "residual_mix_fwd_kernel": Streaming(3, 1, wide=1),
+    "residual_mix_bwd_kernel": Streaming(4, 3, wide=1),
+    "stream_stats_kernel": Streaming(1, 0, numbers=2, wide=2),
+    "stream_fwd_apply_kernel": Streaming(2, 1, wide=2),
+    "stream_bwd_reduce_kernel": Streaming(3, 0, numbers=2, wide=2),
+    "stream_bwd_apply_kernel": Streaming(3, 2, wide=2),
+    "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=4),  # mean, var, and the parts of both
+    "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=4),  # dweight, dbias, and the parts
+    "se_fwd_cluster_kernel": Streaming(2, 1, numbers=8),  # squeezed; hidden, logits: loops
 }
-HALF = ("__half", "__nv_bfloat16")
 # The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
 WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
 # Kernels that only one architecture has, their file, and the instructions that they are about.
 HOPPER, HOPPER_FILE, HOPPER_ARCH = "conv_sm90_kernel", "conv_sm90.cu", "90a"
 HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG", "STG.E.128")
+# 16-byte accesses a pack of eight; float64 has the general kernels only
+ACCESSES = {"float": 2, "__half": 1, "__nv_bfloat16": 1}
 
 
 @dataclass(frozen=True)
@@ -88,25 +104,35 @@ def tool(name: str) -> str:
 
 def compiled(cuda, source: Path, arch: str, folder: Path) -> list[Found]:
     cubin = folder / f"{source.stem}.{arch}.cubin"
-    command = [cuda.nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA"]
-    command += ["-DFUSEDRES_SM90A"] if arch == HOPPER_ARCH else []
+    command = [cuda.nvcc, "-cubin", *library.nvcc_flags(replace(cuda, archs=(arch,))).split()]
     command += [library.TORCH_TARGET, "-isystem", library.torch_include(), source, "-o", cubin]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for {source.name} sm_{arch}:\n{done.stderr}")
     if "wgmma" in done.stderr:  # ptxas: it serialised the products
         raise RuntimeError(f"{source.name} sm_{arch}:\n{done.stderr}")
+    return read(cubin, arch)
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """What it prints; it starts another tool of CUDA's."""
     path = f"{Path(tool('cuobjdump')).parent}:{os.environ['PATH']}"
-    read = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(cubin)]
-    text = subprocess.run(
-        read, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    command = [tool("cuobjdump"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
     ).stdout
+
+
+def read(file: Path, arch: str) -> list[Found]:
+    """The kernels for one architecture in a cubin, or in a library."""
+    which = () if file.suffix == ".cubin" else ("--gpu-architecture", f"sm_{arch}")
+    text = cuobjdump(*which, "--dump-resource-usage", "--dump-sass", file)
     return list(kernels_in(text, arch))
 
 
 def kernels_in(text: str, arch: str) -> Iterator[Found]:
     usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    codes = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", text, re.S))
+    codes = dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
     names = [name for name, *_ in usage]
     demangled = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
@@ -129,15 +155,29 @@ def failures(found: Found) -> Iterator[str]:
         for name in HOPPER_INSTRUCTIONS:
             if not any(instruction.startswith(name) for instruction in found.counts):
                 yield f"no {name}"
-    at = WIDE.get(found.kernel)
-    if at is None or found.arguments[0] not in HALF or found.arguments[at] not in ("true", "1"):
+    rule = STREAMING.get(found.kernel)
+    if rule is None or found.arguments[0] not in ACCESSES:
         return
-    loads, stores = found.widths("LDG"), found.widths("STG")
-    if not loads.get("128"):
-        yield "no load of 16 bytes"
-    for what, widths in (("loads", loads), ("stores", stores)):
-        if narrow := {w: n for w, n in widths.items() if w in ("U16", "S16")}:
-            yield f"{what} of two bytes: {narrow}"
+    if rule.wide is None or found.arguments[rule.wide] in ("true", "1"):
+        yield from narrow_accesses(found, rule)
+
+
+def narrow_accesses(found: Found, rule: Streaming) -> Iterator[str]:
+    """An unrolled loop and what is left of it are several whole packs of all tensors.
+
+    Bytes of the mask are narrower, and so are coefficients, which are numbers of four bytes.
+    """
+    each = ACCESSES[found.arguments[0]]
+    accesses = ("load", "LDG", rule.reads, {"32", "U8"}), ("store", "STG", rule.writes, {"U8"})
+    for what, instruction, tensors, narrow in accesses:
+        widths = found.widths(instruction)
+        whole = widths.pop("128", 0)
+        if whole < tensors * each or whole % each:
+            yield f"{whole} {what}s of 16 bytes for {tensors} tensors"
+        if what == "store" and widths.pop("32", 0) > rule.numbers:
+            yield f"stores of four bytes beside the {rule.numbers} numbers"
+        if pieces := {w: n for w, n in widths.items() if w not in narrow}:
+            yield f"{what}s of less than 16 bytes: {pieces}"
 
 
 def convolution_failures(found: Found) -> Iterator[str]:
@@ -171,29 +211,39 @@ def table(results: list[Found]) -> str:
     return render(columns, sorted(rows), numeric=columns[3:7])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("archs", nargs="*", default=toolchain.ALL, metavar="ARCH")
-    os.environ["FUSEDRES_CUDA_ARCHS"] = " ".join(parser.parse_args().archs)
-    cuda, start = library.find_cuda(), time.monotonic()
+def everything(archs: list[str], built: Path | None) -> list[Found]:
+    """The kernels, compiled now or read from a library."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(compiled, cuda, source, arch, Path(folder))
-            for arch in cuda.archs
-            for source in SOURCES
-            if source.name != HOPPER_FILE or arch == HOPPER_ARCH
-        ]
+        if built is not None:
+            jobs = [pool.submit(read, built, arch) for arch in archs or elf.cuda_archs(built)]
+        else:
+            os.environ["FUSEDRES_CUDA_ARCHS"] = " ".join(archs or toolchain.ALL)
+            cuda = library.find_cuda()
+            jobs = [
+                pool.submit(compiled, cuda, source, arch, Path(folder))
+                for arch in cuda.archs
+                for source in SOURCES
+                if source.name != HOPPER_FILE or arch == HOPPER_ARCH
+            ]
         # kernels of a header that several files include are compiled in each: shown once
         unique = {(f.kernel, f.arguments, f.arch): f for job in jobs for f in job.result()}
-    results = list(unique.values())
+    return list(unique.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--library", type=Path, metavar="FILE")
+    parser.add_argument("archs", nargs="*", metavar="ARCH")
+    options, start = parser.parse_args(), time.monotonic()
+    results = everything(options.archs, options.library)
     print(table(results))
     wrong = [(f, message) for f in results for message in failures(f)]
     for f, message in wrong:
         print(f"{f.kernel} <{', '.join(f.arguments)}> sm_{f.arch}: {message}")
     seconds = time.monotonic() - start
-    print(f"{len(results)} kernels compiled in {seconds:.0f} s, {len(wrong)} failures")
-    wanted = WIDE.keys() | WIDE_CONV.keys() | ({HOPPER} if HOPPER_ARCH in cuda.archs else set())
-    missing = wanted - {f.kernel for f in results}
+    print(f"{len(results)} kernels in {seconds:.0f} s, {len(wrong)} failures")
+    of_hopper = {HOPPER} if HOPPER_ARCH in {f.arch for f in results} else set()
+    missing = (STREAMING.keys() | WIDE_CONV.keys() | of_hopper) - {f.kernel for f in results}
     if missing:
         print(f"no such kernel any more: {', '.join(sorted(missing))}")
     return bool(wrong or missing)

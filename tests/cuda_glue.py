@@ -38,35 +38,49 @@ def _torch_flags() -> str:
     # torch's headers first: the simulator's __noinline__ would change an attribute in them
     first = f"-include {CSRC / 'cuda' / 'host.h'}"
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    return f"{target} -fvisibility=hidden -isystem {include} -x c++ {first}"
+    return f"{target} -fvisibility=hidden -isystem {include} {first}"
 
 
 @cache
-def ops():
-    """The namespace of the ops, ``torch.ops.fusedres_on_host``; compiles what changed."""
-    sources = [*(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "registration.cpp", CSRC / "view.cpp"]
+def built() -> Path:
+    """The library; compiles what changed."""
+    sources = {*(CSRC / "cuda").glob("*.cu")} - {*cuda_host.PASSES}
+    sources |= {CSRC / "cuda" / "registration.cpp", CSRC / "view.cpp"}
     key = hashlib.sha256(cuda_host.digest(cuda_host.KERNELS, cuda_host.SIMULATOR).encode())
     key.update((CSRC / "view.cpp").read_bytes() + Path(__file__).read_bytes())
     key.update(torch.__version__.encode())
     key = key.hexdigest()[:16]
     target = cuda_host.BUILD / f"glue.{key}.so"
-    runtime = sorted((cuda_host.SIMULATOR / "runtime").glob("*.cpp"))
+    shared = cuda_host.runtime("plain") + cuda_host.passes("plain")
     with cuda_host.locked("glue"):
         if not target.exists():
             parts = cuda_host.objects(sorted(sources), "glue", f"-O1 {_torch_flags()}", key)
-            parts += cuda_host.objects(runtime, "glue.runtime", "-O2", key)
             half_done = target.with_suffix(f".{os.getpid()}")
             torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"
-            link = cuda_host.compiler(), "-shared", "-o", half_done, *parts, "-ldl"
+            link = cuda_host.compiler(), "-shared", "-o", half_done, *parts, *shared, "-ldl"
             cuda_host.run(*link, *torch_libraries)
             half_done.replace(target)
+    return target
+
+
+@cache
+def simulated() -> ctypes.CDLL:
+    """The simulator in the library."""
+    simulator = ctypes.CDLL(str(built()))
+    simulator.sim_set_device(4, 227 * 1024, 9)
+    return simulator
+
+
+@cache
+def ops():
+    """The namespace of the ops, ``torch.ops.fusedres_on_host``."""
     library = torch.library.Library("fusedres_on_host", "DEF")
     for schema in SCHEMAS:
         library.define(schema)
+    library.define("cuda_launches() -> int")
     _kept.append(library)
-    torch.ops.load_library(str(target))
-    simulator = ctypes.CDLL(str(target))
-    simulator.sim_set_device(4, 227 * 1024, 9)
+    torch.ops.load_library(str(built()))
+    simulated()
     return torch.ops.fusedres_on_host
 
 

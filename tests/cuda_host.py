@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 SIMULATOR = ROOT / "tests" / "cuda_on_host"
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_on_host"
+PASSES = sorted(KERNELS.glob("stream_*.cu"))
 
 COMMON = (
     "-std=c++17 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-sign-compare"
@@ -97,7 +98,8 @@ def objects(sources: Iterable[Path], name: str, flags: str, key: str) -> list[Pa
         source, target = job
         half_done = target.with_suffix(f".{os.getpid()}")
         options = f"{COMMON} {flags}".split()
-        run(compiler(), *options, f"-I{SIMULATOR / 'include'}", "-c", source, "-o", half_done)
+        options += [f"-I{SIMULATOR / 'include'}", "-x", "c++"]
+        run(compiler(), *options, "-c", source, "-o", half_done)
         half_done.replace(target)
 
     with ThreadPoolExecutor(2) as pool:
@@ -105,29 +107,43 @@ def objects(sources: Iterable[Path], name: str, flags: str, key: str) -> list[Pa
     return results
 
 
-def build(name: str, sources: Iterable[Path], flavour: str = "plain", *, library: bool) -> Path:
-    """A shared library, or a program, of ``sources`` and the simulator's runtime."""
-    kernel_flags, runtime_flags = FLAVOURS[flavour]
-    key = digest(KERNELS, SIMULATOR)
+def runtime(flavour: str) -> list[Path]:
+    """The simulator itself."""
+    sources = sorted((SIMULATOR / "runtime").glob("*.cpp"))
+    key = digest(SIMULATOR / "runtime", SIMULATOR / "include")
+    with locked(f"runtime.{flavour}"):
+        return objects(sources, f"runtime.{flavour}", FLAVOURS[flavour][1], key)
+
+
+def passes(flavour: str) -> list[Path]:
+    """The kernels that several ops launch: what csrc/cuda/ compiles once, too."""
+    with locked(f"passes.{flavour}"):
+        return objects(
+            PASSES, f"passes.{flavour}", FLAVOURS[flavour][0], digest(KERNELS, SIMULATOR)
+        )
+
+
+def build(
+    name: str, sources: Iterable[Path], flavour: str = "plain", *, library: bool, ops: bool = True
+) -> Path:
+    """A shared library, or a program, of ``sources`` and the simulator; ``ops``: and the passes."""
+    flags, key = FLAVOURS[flavour][0], digest(KERNELS, SIMULATOR)
     target = BUILD / f"{name}.{flavour}.{key}{'.so' if library else ''}"
-    with locked("runtime." + flavour):
-        runtime = sorted((SIMULATOR / "runtime").glob("*.cpp"))
-        runtime_key = digest(SIMULATOR / "runtime", SIMULATOR / "include")
-        parts = objects(runtime, f"runtime.{flavour}", runtime_flags, runtime_key)
+    parts = [*runtime(flavour), *(passes(flavour) if ops else ())]
     with locked(f"{name}.{flavour}"):
         if not target.exists():
-            parts = objects(sources, f"{name}.{flavour}", kernel_flags, key) + parts
+            parts = objects(sources, f"{name}.{flavour}", flags, key) + parts
             half_done = target.with_suffix(f".{os.getpid()}")
             kind = "-shared" if library else "-rdynamic"
-            sanitize = [f for f in kernel_flags.split() if f.startswith("-fsanitize")]
+            sanitize = [f for f in flags.split() if f.startswith("-fsanitize")]
             run(compiler(), kind, *sanitize, "-o", half_done, *parts, "-ldl")
             half_done.replace(target)
     return target
 
 
-def program(name: str, sources: Iterable[Path], flavour: str) -> list[str]:
+def program(name: str, sources: Iterable[Path], flavour: str, *, ops: bool = True) -> list[str]:
     """The command that starts a program, with what its sanitizer needs."""
-    path = str(build(name, sources, flavour, library=False))
+    path = str(build(name, sources, flavour, library=False, ops=ops))
     # TSan's shadow memory does not fit every randomised address space.
     return ["setarch", "-R", path] if flavour == "tsan" else [path]
 

@@ -11,12 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from setuptools.errors import PlatformError
 
-from fusedres import elf, toolchain
+from fusedres import elf, toolchain, triton_kernels
 from test_toolchain import ROOT, script
 
 CUDA_SOURCES = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -113,9 +114,9 @@ def test_a_sanitized_build_is_for_cpus(asked, library, monkeypatch, tmp_path):
     asked(compiles="exit 1")
     monkeypatch.setenv("FUSEDRES_SANITIZE", "address")
     monkeypatch.setattr(library, "ROOT", tmp_path)
-    monkeypatch.setattr(library, "ninja_file", lambda target, work, sanitize, cuda: f"# {cuda}\n")
+    monkeypatch.setattr(library, "ninja_file", lambda *args: f"# {args[3:]}\n")
     library.build(tmp_path / "_C.so")
-    assert (tmp_path / "build/ninja-address/build.ninja").read_text() == "# None\n"
+    assert (tmp_path / "build/ninja-address/build.ninja").read_text() == "# (None, [])\n"
 
 
 # --- what cannot be done
@@ -150,8 +151,9 @@ def test_a_named_nvcc_that_is_none(asked, library, monkeypatch):
 
 # Writes what it is asked for; the library's first half only, where it is told to break there.
 CXX = """
-while [ $# -gt 0 ]; do case $1 in -o) out=$2 ;; -MF) echo "$out:" > $2 ;; esac; shift; done
-echo half > $out
+while [ $# -gt 0 ]; do case $1 in -o) out=$2 ;; -MF) deps=$2 ;; esac; shift; done
+test -z "$deps" || echo "$out:" > $deps
+test -z "$out" || echo half > $out
 case $out in *_C.so.part) {link} ;; esac
 """
 
@@ -169,9 +171,9 @@ def sources(tmp_path) -> Path:
     return copy
 
 
-def built(sources: Path, tmp_path: Path, link: str = "exit 0", **nvcc):
+def built(sources: Path, tmp_path: Path, link: str = "exit 0", *, archs="90a", **nvcc):
     environment = os.environ | {
-        "FUSEDRES_CUDA_ARCHS": "90a",
+        "FUSEDRES_CUDA_ARCHS": archs,
         "FUSEDRES_NVCC": str(fake_nvcc(tmp_path, **nvcc)),
         "FUSEDRES_CXX": str(script(tmp_path / "cxx", CXX.format(link=link))),
     }
@@ -206,6 +208,36 @@ def test_a_build_that_succeeds_makes_one_wheel(sources, tmp_path):
     assert re.fullmatch(r"fusedres-[\d.]+\+cu130\.sm90a-py3-none-\w+\.whl", wheel.name)
 
 
+def test_without_nvcc_the_wheel_is_for_cpus(sources, tmp_path):
+    done = built(sources, tmp_path, archs="", compiles="exit 1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = sources.glob("out/*")
+    assert re.fullmatch(r"fusedres-[\d.]+\+cpu-py3-none-\w+\.whl", wheel.name)
+
+
+COUNTED = 'test -z "$out" || echo $out >> {log}\n'
+
+
+def test_what_has_not_changed_is_not_compiled_again(asked, library, sources, tmp_path, monkeypatch):
+    """Two builds at once spoilt the log in which ninja kept who includes what, for good."""
+    log = tmp_path / "log"
+    asked("", compiles="exit 1")
+    counting = CXX.format(link=":") + COUNTED.format(log=log)
+    monkeypatch.setenv("FUSEDRES_CXX", str(script(tmp_path / "cxx", counting)))
+    monkeypatch.setattr(library, "ROOT", sources)
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(library.build, [sources / "_C.so"] * 2))
+    compiled = log.read_text().splitlines()
+    assert len(compiled) == len(set(compiled)) > 20
+    library.build(sources / "_C.so")
+    assert log.read_text().splitlines() == compiled
+    (sources / "csrc" / "cpu" / "simd.h").touch()  # the fake compiler says that nobody includes it
+    (sources / "csrc" / "view.cpp").touch()
+    library.build(sources / "_C.so")
+    again = [Path(name).name for name in log.read_text().splitlines()[len(compiled) :]]
+    assert again == ["csrc.view.o", "_C.so.part"]
+
+
 REQUIRES = """
 import sys
 sys.modules["nvidia"] = None  # as if CUDA's packages were not installed
@@ -236,3 +268,24 @@ def test_a_library_without_cuda_has_no_archs(tmp_path):
     nothing.write_bytes(b"not a library")
     assert elf.cuda_archs(nothing) == ()
     assert elf.cuda_archs(Path(sys.executable).resolve()) == ()
+
+
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(triton_kernels.missing() is not None, reason="cuobjdump is Triton's")
+def test_archs_are_read_as_cuobjdump_lists_them(library, tmp_path):
+    """Code for a chip, for a family, for all of a generation; PTX is no code."""
+    kernel, made = tmp_path / "kernel.cu", tmp_path / "made.so"
+    kernel.write_text("__global__ void kernel(int* x) { *x = 7; }\n")
+    archs, nvcc = {"80", "90a", "100f", "120"}, toolchain.find_nvcc()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sorted(archs)]
+    codes += ["-gencode=arch=compute_89,code=compute_89", "--compress-mode=size"]
+    folders = [f"-L{folder}" for folder in library._library_folders(nvcc)]
+    command = [nvcc, "-shared", "-Xcompiler=-fPIC", *folders, *codes, kernel, "-o", made]
+    subprocess.run([*map(str, command)], check=True)
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
+    path = f"{tool.parent}:{os.environ['PATH']}"  # it starts another one
+    told = subprocess.run(
+        [tool, "--dump-sass", made], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    ).stdout
+    listed = set(re.findall(r"^Fatbin elf code:\n=+\narch = sm_(\w+)$", told, re.M))
+    assert set(elf.cuda_archs(made)) == listed == archs

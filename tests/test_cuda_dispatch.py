@@ -131,6 +131,30 @@ def test_asked_for_by_name_it_is_an_error(machine):
         dispatch.choose("bn_act", on())
 
 
+# --- launches
+
+
+def test_an_op_tells_how_many_kernels_it_launched(machine, monkeypatch):
+    machine()
+    launches = iter((40, 43))
+    monkeypatch.setattr(native, "cuda_launches", lambda: next(launches))
+    heard = []
+    event = dispatch.Event("bn_act", "native", bytes_moved=7)
+    with dispatch.observe(heard.append):
+        assert define._launched(event, lambda x: [x], None, "bn_act", on(), 5) == [5]
+    assert heard == [dispatch.Event("bn_act", "native", launches=3, bytes_moved=7)]
+
+
+def test_of_a_refused_launch_only_the_next_backend_tells(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(native, "cuda_launches", lambda: 0)
+    heard = []
+    with dispatch.observe(heard.append), pytest.warns(RuntimeWarning, match="no longer runs"):
+        event = dispatch.Event("bn_act", "native")
+        assert define._launched(event, refusing, lambda *args: args, "bn_act", on(), 5) == (5,)
+    assert heard == []
+
+
 # --- launches that fail
 
 REFUSED = RuntimeError(f"bn_act: {native.REFUSED}: too many resources requested for launch")
@@ -146,7 +170,7 @@ def test_the_next_backend_takes_over_from_a_refused_launch(machine):
     ran = []
     with pytest.warns(RuntimeWarning, match="no longer runs bn_act natively on cuda:0: .*too many"):
         result = define._launched(
-            refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
+            None, refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
         )
     assert result == "result" and ran == [(x, 1)]
     choice = dispatch.choose("bn_act", x)

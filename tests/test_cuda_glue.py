@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import test_bn_se_act as bn_se
 import test_residual_mix as mix
 import test_squeeze_excite as se
 from cases import SHAPES, randn
-from cuda_glue import glue_on_host, ops
+from cuda_glue import glue_on_host, ops, simulated
 from harness import Unchanged
 from test_native import BAD
 
@@ -70,3 +72,29 @@ def test_an_empty_tensor_is_returned_at_once(shape):
     assert not any(t.any() for t in back[1:5])
     y, mask = ops().residual_mix(x, x, None, None, 1.0, 1.0, "relu", True)
     assert y.shape == x.shape
+
+
+def test_every_launch_is_counted():
+    """fusedres.explain asks how many kernels a thread has launched; the simulator lists them."""
+    simulator = simulated()
+    simulator.sim_take_launched.restype = ctypes.c_char_p
+    x, b = randn((2, 16, 8, 8), torch.float32, "NHWC"), torch.randn(16)
+    w1, w2 = torch.randn(4, 16), torch.randn(16, 4)
+    gated = x, w1, None, w2, None, None, "relu", "sigmoid", "relu", False
+    calls = {
+        "residual_mix": (x, x, None, None, 1.0, 1.0, "relu", True),
+        "bn_act": (x, b, b, x, b, b.abs(), False, 1e-5, "relu", True),
+        "squeeze_excite": tuple(t.double() if isinstance(t, torch.Tensor) else t for t in gated),
+    }
+    found = {}
+    for name, args in calls.items():
+        simulator.sim_take_launched()
+        before = ops().cuda_launches()
+        getattr(ops(), name)(*args)
+        found[name] = ops().cuda_launches() - before
+        assert found[name] == len(simulator.sim_take_launched().splitlines())
+    # float64 takes the streaming passes: statistics, image sums, two layers, apply
+    assert found == {"residual_mix": 1, "bn_act": 2, "squeeze_excite": 5}
+    with pytest.raises(RuntimeError):
+        ops().bn_stats(torch.empty(2, 3, dtype=torch.int32))
+    assert ops().cuda_launches() == before + found["squeeze_excite"]

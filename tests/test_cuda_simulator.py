@@ -83,7 +83,8 @@ RACES = {
 
 def selftest(flavour: str, case: str, order: str) -> tuple[int, str]:
     """Exit status and output."""
-    command = cuda_host.program("selftest", sorted((SIMULATOR / "selftest").glob("*.cpp")), flavour)
+    sources = sorted((SIMULATOR / "selftest").glob("*.cpp"))
+    command = cuda_host.program("selftest", sources, flavour, ops=False)
     environment = {**os.environ, **cuda_host.ENVIRONMENT}
     done = subprocess.run(
         [*command, case, order], capture_output=True, text=True, env=environment, timeout=100

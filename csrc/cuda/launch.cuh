@@ -33,6 +33,7 @@
 
 #include "../bn_math.h"
 #include "../dtype.h"
+#include "launched.h"
 #include "prim.cuh"
 
 namespace fusedres {
@@ -82,7 +83,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
     attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
   }
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess) ++launched_by_thread;
+  return error;
 }
 
 // What the heuristics of the launches need to know of the current device.
@@ -125,12 +128,19 @@ class Workspace {
 };
 
 // Calls function<scalar_t>(...) for the scalar type of a Dtype; BY_HALF has those of 16 bits only.
+//
+// FUSEDRES_INSTANCES(extern template, function, Params) says, behind the definition of a pass that
+// several ops launch, that it is compiled elsewhere: in the .cu that says the same with `template`.
+// Without it every op's object holds all its kernels again.
 #if defined(FUSEDRES_FEW_DTYPES)  // sanitizers of the host simulator: two types stand for all
 #define FUSEDRES_BY_DTYPE(dtype, function, ...)                   \
   ((dtype) == ::fusedres::kFloat32 ? function<float>(__VA_ARGS__) \
                                    : function<__nv_bfloat16>(__VA_ARGS__))
 #define FUSEDRES_BY_HALF(dtype, function, ...) \
   ((dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) : cudaErrorNotSupported)
+#define FUSEDRES_INSTANCES(kind, function, Params)               \
+  kind cudaError_t function<float>(const Params&, cudaStream_t); \
+  kind cudaError_t function<__nv_bfloat16>(const Params&, cudaStream_t)
 #else
 #define FUSEDRES_BY_HALF(dtype, function, ...)                              \
   ((dtype) == ::fusedres::kBFloat16  ? function<__nv_bfloat16>(__VA_ARGS__) \
@@ -141,6 +151,11 @@ class Workspace {
    : (dtype) == ::fusedres::kBFloat16 ? function<__nv_bfloat16>(__VA_ARGS__) \
    : (dtype) == ::fusedres::kFloat16  ? function<__half>(__VA_ARGS__)        \
                                       : function<double>(__VA_ARGS__))
+#define FUSEDRES_INSTANCES(kind, function, Params)                       \
+  kind cudaError_t function<float>(const Params&, cudaStream_t);         \
+  kind cudaError_t function<__nv_bfloat16>(const Params&, cudaStream_t); \
+  kind cudaError_t function<__half>(const Params&, cudaStream_t);        \
+  kind cudaError_t function<double>(const Params&, cudaStream_t)
 #endif
 
 }  // namespace cuda

@@ -9,6 +9,11 @@ namespace cuda {
 
 constexpr int kPack = 8;
 
+// Blocks a multiprocessor that __launch_bounds__ asks for; 0: ptxas decides. It spills some kernels
+// for accesses of any width, on sm_100 and sm_120, to fit a third one.
+template <typename T, bool kWide>
+constexpr int kMinBlocks = kWide || sizeof(T) == 8 ? 0 : 2;
+
 template <typename T>
 struct Accumulator {
   using type = float;
@@ -94,7 +99,14 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<acc_of<T>>& values,
   alignas(16) T raw[kPack];
 #pragma unroll
   for (int i = 0; i < kPack; ++i) from_acc(values[i], &raw[i]);
-  copy_pack<T, kWide>(raw, to, width, n);
+  if (kWide || (n == kPack && width == 16)) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof raw / sizeof(uint4)); ++i) {
+      store_16_bytes(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(raw)[i]);
+    }
+  } else {
+    copy_pack<T, false>(raw, to, width, n);
+  }
 }
 
 // act on eight values; kAny: any activation, else identity or relu.

@@ -42,6 +42,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 #endif
 
+// One access. nvcc takes a 16-byte store apart where it has the value in registers, as soon as a
+// branch comes between. No "memory": no kernel reads again what it stores this way, and its next
+// loads may go ahead.
+__device__ __forceinline__ void store_16_bytes(void* global, const uint4& v) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  *static_cast<uint4*>(global) = v;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+#endif
+}
+
 // --- clusters: without them (below sm_90) a block is a cluster of its own
 
 __device__ __forceinline__ void cluster_sync() {

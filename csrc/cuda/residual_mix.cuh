@@ -93,7 +93,7 @@ __device__ __forceinline__ MixFactors<S> gated(const MixFactors<S>& f, bool has_
 // Split:    one thread = four packs, a block's width apart; acc_t arithmetic, one rounding at the
 //           store
 template <typename T, bool kWide, bool kAny>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kWide>)
     residual_mix_fwd_kernel(const __grid_constant__ ResidualMixParams p,
                             const __grid_constant__ MixSplit s) {
   using S = acc_of<T>;

@@ -6,6 +6,9 @@
 namespace fusedres {
 namespace cuda {
 
+FUSEDRES_INSTANCES(template, squeeze_excite_forward, SqueezeExciteParams);
+FUSEDRES_INSTANCES(template, squeeze_excite_backward, SqueezeExciteParams);
+
 Tensors5 squeeze_excite(Tensor x, Tensor w1, OptTensor b1, Tensor w2, OptTensor b2,
                         OptTensor residual, std::string act, std::string gate, std::string post_act,
                         bool save_mask) {

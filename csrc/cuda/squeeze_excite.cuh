@@ -237,6 +237,10 @@ cudaError_t squeeze_excite_backward(const SqueezeExciteParams& p, cudaStream_t s
   return backward_apply<T>(a, stream);
 }
 
+// squeeze_excite.cu; bn_se_act.cuh includes this file and launches neither
+FUSEDRES_INSTANCES(extern template, squeeze_excite_forward, SqueezeExciteParams);
+FUSEDRES_INSTANCES(extern template, squeeze_excite_backward, SqueezeExciteParams);
+
 inline int64_t squeeze_excite_forward_workspace(const SqueezeExciteParams& p) {
   return SeScratch(p).bytes;
 }

@@ -119,5 +119,8 @@ cudaError_t backward_apply(const StreamParams& a, cudaStream_t stream) {
   return launch_stream(FUSEDRES_STREAM_KERNEL(stream_bwd_apply_kernel, T, a, any), a, stream);
 }
 
+FUSEDRES_INSTANCES(extern template, forward_apply, StreamParams);  // stream_apply.cu
+FUSEDRES_INSTANCES(extern template, backward_apply, StreamParams);
+
 }  // namespace cuda
 }  // namespace fusedres

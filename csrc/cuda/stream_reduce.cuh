@@ -244,7 +244,7 @@ __device__ __forceinline__ void add_gradients(Sums<S> (&to)[kPack], const Pack<S
 // Traffic:  2*N*C*HW*sizeof(T) (+ N*C*HW/8) bytes, + 2*parts*C*sizeof(acc_t)
 // Split:    one block = a tile (stream.cuh); a thread adds at most 64 values, the block its threads
 template <typename T, bool kPlanar, bool kWide, bool kAny>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kWide>)
     stream_bwd_reduce_kernel(const __grid_constant__ StreamParams a) {
   using S = acc_of<T>;
   const Lane lane = lane_of<kPlanar>(a.tiling, blockIdx.x);
@@ -288,6 +288,9 @@ cudaError_t backward_reduce(const StreamParams& a, cudaStream_t stream) {
   const bool any = a.mask == nullptr && needs_any(a.act);
   return launch_stream(FUSEDRES_STREAM_KERNEL(stream_bwd_reduce_kernel, T, a, any), a, stream);
 }
+
+FUSEDRES_INSTANCES(extern template, stream_stats, StreamParams);  // stream_reduce.cu
+FUSEDRES_INSTANCES(extern template, backward_reduce, StreamParams);
 
 }  // namespace cuda
 }  // namespace fusedres

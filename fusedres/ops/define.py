@@ -8,7 +8,7 @@ compiled library implements. Both exist on a machine without the compiled librar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,33 +16,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import dispatch, triton_kernels
+from . import execution
+from .execution import OwnKernel, Spec, Traffic
 
 _public = torch.library.Library("fusedres", "DEF")
 _native = torch.library.Library("fusedres_native", "DEF")
 _native.define("cpu_isa() -> int")
 _native.define("cuda_inside() -> str")
+_native.define("cuda_launches() -> int")
 _native.define(
     "fingerprint(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
     " Tensor var) -> int"
 )
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one call of an op costs: bytes of memory moved, by us and by eager, and flops."""
-
-    bytes_moved: Callable[..., int]
-    eager_bytes: Callable[..., int]
-    flops: Callable[..., int]
-    launches: int = 1
-
-
-@dataclass(frozen=True)
-class OwnKernel:
-    """The library's CUDA kernel of a composed op, a convolution."""
-
-    schema: str  # the op's, with ``int variant`` behind it
-    convolution: Callable[..., tuple]  # x, weight and geometry among the op's arguments
+PLAIN = (Tensor, torch.nn.Parameter)  # not wrapped, and with nothing of its own to say
 
 
 @dataclass(frozen=True)
@@ -60,13 +47,13 @@ class Op:
     run: Callable
     meaning: Callable | None
     function: type[torch.autograd.Function] | None
-    spec: _Spec
+    spec: Spec
 
     def __call__(self, *args):
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, torch.nn.Parameter):
+        if torch.compiler.is_compiling() or any(type(t) not in PLAIN for t in tensors):
             return self.dispatched(*args)
-        if self.meaning is not None and transformed():
+        if self.meaning is not None and (transformed() or torch.jit.is_tracing()):
             return self.meaning(*args)
         if self.function is None or not torch.is_grad_enabled():
             return self.run(*args)
@@ -80,11 +67,11 @@ class Op:
 
     def planned(self, x: Tensor) -> bool:
         """Whether a measured plan decides who runs this composed op on ``x``."""
-        return _goes_by_plan(self.spec, dispatch.choose(self.spec.name, x), x)
+        return execution.goes_by_plan(self.spec, dispatch.choose(self.spec.name, x), x)
 
     def in_parts(self, *args) -> bool:
         """Whether the plan leaves the op to the ops that it is made of."""
-        return _plan(self.spec, dispatch.choose(self.spec.name, args[0]), args).run is None
+        return execution.plan(self.spec, dispatch.choose(self.spec.name, args[0]), args).run is None
 
 
 def transformed() -> bool:
@@ -126,25 +113,29 @@ def define(
         _native.define(schema if own is None else own.schema)
         native = getattr(torch.ops.fusedres_native, name)
 
-    spec = _Spec(name, traffic, composed, fused_traffic, reference, own, native)
+    spec = Spec(name, traffic, composed, fused_traffic, reference, own, native)
 
     def run(*args):
         x = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(name, x)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
-        natively = not on_triton and _goes_by_plan(spec, choice, x)
+        natively = not on_triton and execution.goes_by_plan(spec, choice, x)
+        on_cuda = choice.backend == "native" and native is not None and x.device.type == "cuda"
+        told = None
         if dispatch.observed() and traffic is not None and not (on_triton or natively):
-            dispatch.notify(_event(name, traffic, describe(*args) if describe else choice, args))
+            told = execution.event(name, traffic, describe(*args) if describe else choice, args)
+            if not on_cuda:  # nor Triton: they count what they launch
+                dispatch.notify(told)
         if on_triton:
-            kernel = partial(_on_triton, spec, choice)
+            kernel = partial(execution.on_triton, spec, choice)
         elif natively:
-            kernel = partial(_natively, spec, run)
+            kernel = partial(execution.natively, spec, run)
         elif composed is not None:
             kernel = composed
         elif choice.backend == "native":
-            if x.device.type == "cpu":
+            if not on_cuda:
                 return native(*args)
-            kernel = partial(_launched, native, run, name, x)
+            kernel = partial(execution.launched, told, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:
@@ -175,112 +166,6 @@ def define(
     parts = {"forward": staticmethod(run_and_save), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), parts)
     return Op(dispatched, run, meaning, function, spec)
-
-
-def _launched(native: Callable, run: Callable, name: str, x: Tensor, *args):
-    """The library's CUDA kernel; where its launch is refused, ``run`` on the next backend."""
-    try:
-        return native(*args)
-    except RuntimeError as error:
-        dispatch.hand_over(name, x, error)
-    return run(*args)
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """What ``_on_triton`` and ``_natively`` need of an op: ``define``'s arguments."""
-
-    name: str
-    traffic: Traffic | None
-    composed: Callable | None
-    fused_traffic: Traffic | None
-    reference: Callable | None
-    own: OwnKernel | None
-    native: Callable | None
-
-    def own_kernel(self, args: tuple) -> tuple[Callable[[int], object] | None, str | None]:
-        """Runs a composed op's own CUDA kernel in a variant; or None, and why it cannot run."""
-        reason = dispatch.own_kernel_reason(self.name, args[0])
-        return (partial(self.native, *args) if reason is None else None), reason
-
-
-def _goes_by_plan(op: _Spec, choice: dispatch.Choice, x: Tensor) -> bool:
-    if op.composed is None:
-        return False
-    natively = op.own is not None and choice.backend == "native" and x.device.type == "cuda"
-    return natively or (choice.backend == "triton" and triton_kernels.has(op.name))
-
-
-def _plan(op: _Spec, choice: dispatch.Choice, args: tuple):
-    """Who runs a composed op on the chosen backend, as a ``kernels.ways.Plan``."""
-    kernel, reason = op.own_kernel(args)
-    if choice.backend == "native":
-        by_name = dispatch.forced_backend() == "native"
-        return triton_kernels.ways().native_plan(
-            kernel, reason, *op.own.convolution(*args), by_name
-        )
-    return triton_kernels.plan(op.name, partial(_unobserved, op.composed, *args), kernel, args)
-
-
-def _natively(op: _Spec, run: Callable, *args):
-    """A composed op's own CUDA kernel or its composition, and tell the observers which."""
-    plan = _plan(op, dispatch.Choice("native"), args)
-    if dispatch.observed():
-        traffic = op.traffic if plan.run is None else op.fused_traffic
-        dispatch.notify(_event(op.name, traffic, dispatch.Choice(plan.by, plan.why), args))
-    if plan.run is None:
-        return op.composed(*args)
-    return _launched(lambda *_: plan.run(), run, op.name, args[0], *args)
-
-
-def _on_triton(op: _Spec, choice: dispatch.Choice, *args):
-    """Run the op by its launcher, or as its plan says, and tell the observers of it."""
-    traffic, observed = op.traffic, dispatch.observed() and op.traffic is not None
-    if op.composed is None:
-        kernel = partial(triton_kernels.launcher(op.name), *args)
-    else:
-        plan = _plan(op, choice, args)
-        choice, kernel = dispatch.Choice(plan.by, plan.why), plan.run
-        traffic = op.traffic if kernel is None else op.fused_traffic
-    if kernel is None:  # its parts speak for themselves
-        if observed:
-            dispatch.notify(_event(op.name, traffic, choice, args))
-        return op.composed(*args)
-    if not observed:
-        return _or_reference(op, kernel, choice, args)[0]
-    with triton_kernels.counted() as launched:
-        result, choice = _or_reference(op, kernel, choice, args)
-    event = _event(op.name, traffic, choice, args)
-    dispatch.notify(replace(event, launches=len(launched)) if launched else event)
-    return result
-
-
-def _or_reference(op: _Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
-    """What ``kernel`` returns, or the reference where the GPU cannot run it; and which it was."""
-    try:
-        return kernel(), choice
-    except triton_kernels.unfit() as error:
-        if op.reference is None or dispatch.forced_backend() is not None:
-            raise
-        dispatch.warn_once(f"fusedres runs plain PyTorch: triton: {error}")
-        return op.reference(*args), dispatch.Choice("reference", f"triton: {error}")
-
-
-def _unobserved(fn: Callable, *args):
-    with dispatch.unobserved():
-        return fn(*args)
-
-
-def _event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
-    return dispatch.Event(
-        op=name,
-        backend=choice.backend,
-        reason=choice.reason,
-        launches=traffic.launches,
-        bytes_moved=traffic.bytes_moved(*args),
-        eager_bytes=traffic.eager_bytes(*args),
-        flops=traffic.flops(*args),
-    )
 
 
 def vjp(fn: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor) -> list:
