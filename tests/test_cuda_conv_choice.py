@@ -18,8 +18,7 @@ from accuracy import assert_as_accurate_as_eager
 from cases import Conv
 from cuda_glue import ops
 from fusedres import dispatch, native, triton_kernels
-from fusedres.ops import conv_bn_act, conv_stats
-from fusedres.ops import define as defining
+from fusedres.ops import conv_bn_act, conv_stats, execution
 from harness import assert_same_bits, assert_same_format, double
 
 POINTWISE = Conv((2, 16, 4, 4), (24, 16, 1, 1), padding=(0, 0))
@@ -129,9 +128,9 @@ def run_natively(case: Conv, *, op="conv_bn_act", dtype=BF16):
         args = t["x"], *norm, t["weight"], t["bias"], *case.geometry, True
         own, composed, traffic = conv_stats.OWN, conv_stats._composed, conv_stats.op.traffic
     kernel = getattr(torch.ops.fusedres_native, op)
-    spec = defining._Spec(op, traffic, composed, traffic, None, own, kernel)
+    spec = execution.Spec(op, traffic, composed, traffic, None, own, kernel)
     with dispatch.observe(events.append):
-        result = defining._natively(spec, getattr(torch.ops.fusedres, op), *args)
+        result = execution.natively(spec, getattr(torch.ops.fusedres, op), *args)
     return result, events, args
 
 

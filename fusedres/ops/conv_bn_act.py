@@ -53,6 +53,8 @@ def why_not_fused(x: Tensor, residual: Tensor | None, act: str) -> str | None:
         return f"the {asked} backend was asked for"
     if transformed():
         return "inside torch.func's transforms ops run as plain PyTorch"
+    if torch.jit.is_tracing():
+        return "a trace holds PyTorch's own ops"
     if not onednn_has(torch.float32):
         return "this PyTorch has no oneDNN, or it is switched off"
     if (missing := native.load_error()) is not None:
