@@ -1,12 +1,12 @@
 // wgmma: products that run as late as the program allows, when a warpgroup waits for them. Until
 // then the accumulators are poisoned and the operands are in use.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "../include/cuda_bf16.h"
 #include "../include/cuda_fp16.h"
 #include "../include/sim/hopper.h"
+#include "descriptors.h"
 #include "state.h"
 
 namespace sim {
@@ -15,22 +15,6 @@ namespace {
 constexpr int kLanes = 128;
 constexpr int kRows = 64;
 constexpr int kDepth = 16;
-
-// A matrix descriptor, from its bits (PTX ISA, "Matrix Descriptor Format").
-struct Operand {
-  uint64_t start, stride;  // bytes
-  int base, swizzle;
-  explicit Operand(uint64_t bits)
-      : start((bits & 0x3fff) << 4),
-        stride((bits >> 32 & 0x3fff) << 4),
-        base(static_cast<int>(bits >> 49 & 7)),
-        swizzle(static_cast<int>(bits >> 62)) {}
-  // 16 bytes, the half of a row's 16 values, with the swizzle of 128 bytes.
-  uint64_t address(int row, int half) const {
-    const uint64_t plain = start + row / 8 * stride + row % 8 * 128 + half * 16;
-    return plain ^ (plain >> 7 & 7) << 4;
-  }
-};
 
 struct Product {
   uint64_t a, b;  // a: 0 in registers
@@ -71,7 +55,7 @@ struct Warpgroup {
 
 namespace {
 
-uint32_t poison() { return ~0u; }  // a NaN
+constexpr uint32_t kPoison = ~0u;  // a NaN
 
 Warpgroup& own(const char* what, Lane** lane) {
   const Fiber& self = *state.current;
@@ -84,8 +68,6 @@ Warpgroup& own(const char* what, Lane** lane) {
   *lane = &group->lanes[self.rank % kLanes];
   return *group;
 }
-
-std::string where() { return place(*state.current); }
 
 // f(host address of 16 bytes, row, half) for an operand.
 template <typename F>
@@ -195,7 +177,8 @@ void deliver(Lane* lane, size_t finished) {
     for (size_t i = 0; i < held.sums.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &d[i], sizeof bits);
-      if (bits != poison()) fail("wgmma: " + where() + " wrote to an accumulator in use");
+      if (bits != kPoison)
+        fail("wgmma: " + place(*state.current) + " wrote to an accumulator in use");
       d[i] = held.sums[i];
     }
     at = lane->held.erase(at);
@@ -218,7 +201,8 @@ void start(float* d, const Product& product, const uint32_t* words) {
   Lane* lane;
   Warpgroup& group = own("wgmma", &lane);
   const Block& block = *state.current->block;
-  if (!lane->fenced) fail("wgmma: " + where() + " has not called wgmma_fence in this group");
+  if (!lane->fenced)
+    fail("wgmma: " + place(*state.current) + " has not called wgmma_fence in this group");
   const size_t number = lane->products++;
   auto found = std::find_if(group.running.begin(), group.running.end(),
                             [&](const Started& s) { return s.number == number; });
@@ -229,12 +213,12 @@ void start(float* d, const Product& product, const uint32_t* words) {
     found = group.running.end() - 1;
   }
   if (!(found->product == product) || found->group != lane->groups) {
-    fail("wgmma: " + where() + " starts another product than its warpgroup");
+    fail("wgmma: " + place(*state.current) + " starts another product than its warpgroup");
   }
   const auto [at, is_new] = lane->held.try_emplace(d);
   if (is_new) {
     at->second.sums.assign(d, d + product.columns / 2);
-    std::memset(d, static_cast<int>(poison() & 0xff), sizeof(float) * product.columns / 2);
+    std::memset(d, 0xff, sizeof(float) * product.columns / 2);
   }
   at->second.last = number;
   found->sums[state.current->rank % kLanes] = &at->second.sums;
