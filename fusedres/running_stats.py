@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,10 @@ def update_running_stats(
         shape: of the normalised tensor [N, C, ...]; gives the number of values a channel.
         momentum: a number, or a one-element tensor (cumulative average).
     """
-    if running_mean is None or running_var is None or shape.numel() == 0 or recomputing():
+    numel = math.prod(shape)  # Size.numel() makes a constant of a dynamic dimension
+    if running_mean is None or running_var is None or numel == 0 or recomputing():
         return
-    count = shape.numel() // shape[1]
+    count = numel // shape[1]
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             batch = batch.to(running.dtype)

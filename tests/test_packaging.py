@@ -166,7 +166,8 @@ def test_its_kernels_pass_the_compile_gate(library: Path):
     sources = "".join(p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cuh"))
     kernels = set(re.findall(r"__global__[^;{]*?(\w+)_kernel\(", sources))
     for arch in ARCHS:
-        assert set(re.findall(rf"^ *(\w+) .* {arch} ", printed, re.M)) == kernels
+        lacks = set() if arch == "90a" else {"conv_sm90"}
+        assert set(re.findall(rf"^ *(\w+) .* {arch} ", printed, re.M)) == kernels - lacks
 
 
 @with_kernels

@@ -33,6 +33,8 @@ from .unit import (
     State,
     Unit,
     activate,
+    autocasts,
+    in_autocast,
     materialise,
     operands,
     track_all,
@@ -166,13 +168,13 @@ def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
 
 
 def symbolic(x) -> bool:
-    """FX traces the modules as they are: its graphs are for tools that know PyTorch's layers."""
-    return isinstance(x, torch.fx.Proxy)
+    """Whether x is traced: the graphs of FX and TorchScript are for tools that know PyTorch's ops."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 def step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:
     """A triple that is not the last."""
-    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
+    unit = "tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         return activate(_unfused(state, conv, norm, unit), act)
     if _in_one_call(unit, state):
@@ -189,7 +191,7 @@ def _last(
     """The last triple and the block's tail: squeeze-excite, scale, residual and activation."""
     if isinstance(residual, Shortcut):
         residual = residual(batches)
-    unit = "FX tracing" if symbolic(state) else unit_of(state, conv, norm, act)
+    unit = "tracing" if symbolic(state) else unit_of(state, conv, norm, act)
     if isinstance(unit, str):
         branch = _unfused(state, conv, norm, unit)
         branch = branch if gain is None else branch * gain.to(branch.dtype).view(-1, 1, 1)
@@ -228,7 +230,7 @@ def _finish(
     """Squeeze-excite, scale, residual and activation on a finished norm."""
     if se is None:
         return add_act(branch, residual, act, scale)
-    mlp = "FX tracing" if symbolic(branch) else se_of(se)
+    mlp = "tracing" if symbolic(branch) else se_of(se)
     if not isinstance(mlp, str) and branch.dim() != 4:
         mlp = f"the input has {branch.dim()} dimensions, not 4"
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
@@ -251,8 +253,12 @@ def _in_one_call(unit: Unit, state: State, residual: State | None = None) -> boo
 
 
 def _conv_bn_act(unit: Unit, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    n = unit.norm
-    x, weight, bias = operands(x, unit.conv)
+    n, conv = unit.norm, unit.conv
+    if x.device.type == "cpu" and autocasts(x, conv.weight):
+        # The packed weight is the float32 one folded and rounded, once instead of every call.
+        x, weight, bias = in_autocast(x), conv.weight, conv.bias
+    else:
+        x, weight, bias = operands(x, conv)
     residual = None if residual is None else residual.to(x.dtype)
     return conv_bn_act.op(
         x, weight, bias, residual, n.weight, n.bias, n.running_mean, n.running_var, n.eps,

@@ -45,6 +45,8 @@ def branch_of(x: Tensor, triples: Triples, se: nn.Module | None) -> Branch | Non
     """The branch, where all of it wants a backward; None where it must run step by step."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return None
+    if torch.jit.is_tracing():
+        return None
     if type(x) not in (Tensor, nn.Parameter):
         return None
     unit = unit_of(x, *triples[0])

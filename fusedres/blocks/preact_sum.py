@@ -32,7 +32,7 @@ def norm_relu(
 ) -> State:
     """``act(norm(.))`` of a sum: pending in training, one pass in inference."""
     x = state.value
-    found = "FX tracing" if symbolic(x) else norm_of(norm)
+    found = "tracing" if symbolic(x) else norm_of(norm)
     name = act_of(act)
     if not isinstance(found, str):
         found = _norm_misfit(x, found.weight, found.running_mean) or found
@@ -71,7 +71,7 @@ def add_convolution(
     if scaling is not None and hooked(scaling) is not None:
         branch = add_convolution(state, conv, None, None, False).value
         return Sum(scaling(branch, residual, scale and scale(branch)))
-    geometry = "FX tracing" if symbolic(value(state)) else geometry_of(conv)
+    geometry = "tracing" if symbolic(value(state)) else geometry_of(conv)
     if not isinstance(geometry, str):
         geometry = misfit(conv, value(state)) or geometry
     if isinstance(geometry, str):

@@ -7,7 +7,7 @@ forward of its own, a layer without a fused form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,14 @@ def geometry_of(conv: nn.Module) -> Geometry | str:
         padding = _padding_of_name(conv)
         if padding is None:
             return "padding='same' with an even kernel is not symmetric"
-    return list(conv.stride), list(padding), list(conv.dilation), conv.groups
+    stride, padding, dilation = (_pair(v) for v in (conv.stride, padding, conv.dilation))
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        return "its stride, padding or dilation is out of range"
+    return stride, padding, dilation, conv.groups
+
+
+def _pair(value: Sequence[int]) -> list[int]:
+    return [*value, *value] if len(value) == 1 else list(value)
 
 
 def _padding_of_name(conv: nn.Conv2d) -> list[int] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import dispatch, reference
 from ..layout import dense
 from ..ops import bn_act
-from ..ops.convolution import Geometry
+from ..ops.convolution import Geometry, conv_shape
 from ..ops.define import transformed
 from ..running_stats import recomputing, update_running_stats, update_together
 from .recognise import Norm, act_of, geometry_of, norm_of
@@ -48,8 +48,14 @@ State = Tensor | Pending
 
 def unit_of(state: State, conv: nn.Module, norm: nn.Module, act) -> Unit | str:
     """The unit that takes ``state`` through these modules, or why they must run as they are."""
-    unit = unit_of_modules(conv, norm, act)
-    return unit if isinstance(unit, str) else misfit(unit.conv, value(state), unit.norm) or unit
+    unit, x = unit_of_modules(conv, norm, act), value(state)
+    if isinstance(unit, str):
+        return unit
+    if (reason := misfit(unit.conv, x, unit.norm)) is not None:
+        return reason
+    if min(conv_shape(x.shape, unit.conv.weight, unit.geometry)[2:]) < 1:
+        return "the kernel is larger than the image"
+    return unit
 
 
 def unit_of_modules(conv: nn.Module, norm: nn.Module, act) -> Unit | str:
@@ -85,9 +91,21 @@ def operand_misfit(
     casts = autocasts(weight) and dtype != torch.float64
     if dtype != weight.dtype and not casts:
         return f"the input is {dtype}, the convolution's weight {weight.dtype}"
-    per_channel = () if norm is None else (norm.weight, norm.running_mean)
-    if any(p is not None and len(p) != weight.shape[0] for p in per_channel):
+    bias = conv.bias
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        return "the bias does not fit the convolution"
+    return None if norm is None else _norm_misfit(norm, weight.shape[:1], dtype, casts)
+
+
+def _norm_misfit(norm: Norm, shape: torch.Size, dtype: torch.dtype, casts: bool) -> str | None:
+    given = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    params = [p for p in given if p is not None]
+    if any(p.shape != shape for p in params):
         return "the norm does not fit the convolution"
+    found = {p.dtype for p in params}
+    mixed = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    if not casts and found and found not in ({dtype}, {mixed}):
+        return f"the norm is not {dtype} like the convolution"
     return None
 
 
