@@ -168,7 +168,7 @@ def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
 
 
 def symbolic(x) -> bool:
-    """Whether x is traced: the graphs of FX and TorchScript are for tools that know PyTorch's ops."""
+    """Whether x is traced: graphs of FX and TorchScript are for tools that know PyTorch's ops."""
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
