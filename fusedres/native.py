@@ -38,7 +38,7 @@ def load_error() -> str | None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.name} does not load: {str(error).splitlines()[0]}"
-    if not torch._C._dispatch_has_kernel("fusedres_native::cpu_isa"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fusedres_native::bn_act", "CPU"):
         return f"{path.name} is not the library of fusedres"
     return None
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import fusedres
 from cases import randn
 from harness import assert_same_bits
 from modules import block_pair, compare, results
@@ -45,6 +46,25 @@ def test_compiled_inference(compiler):
         for block in (fused, plain):
             block.conv1.weight.mul_(0.5)  # the compiled graph must not hold on to packed weights
     compare(run, fused, plain, randn(X, layout="NHWC"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_of_any_batch_size(training):
+    fused, _ = (b.train(training) for b in block_pair("Bottleneck", stride=2))
+    sizes = ({0: torch.export.Dim("batch", min=2, max=8)},)
+    exported = torch.export.export(fused, (randn(X),), dynamic_shapes=sizes).module()
+    assert exported(randn((3, *X[1:]))).shape[0] == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_trace_holds_pytorchs_ops(training):
+    block, _ = (b.train(training) for b in block_pair("SEBasicBlock", stride=2))
+    model, x = nn.Sequential(block, fusedres.BatchNormAct2d(8).train(training)), randn(X)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        torch.testing.assert_close(traced(x), model(x))
+    assert "fusedres::" not in str(traced.inlined_graph)
 
 
 @pytest.mark.parametrize("training", [True, False])

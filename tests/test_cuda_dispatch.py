@@ -10,7 +10,7 @@ import torch
 
 import fusedres
 from fusedres import dispatch, elf, native, triton_kernels
-from fusedres.ops import define
+from fusedres.ops import define, execution
 from fusedres.report import doctor
 
 INSIDE = (13, 0), ("80", "90a")
@@ -141,7 +141,7 @@ def test_an_op_tells_how_many_kernels_it_launched(machine, monkeypatch):
     heard = []
     event = dispatch.Event("bn_act", "native", bytes_moved=7)
     with dispatch.observe(heard.append):
-        assert define._launched(event, lambda x: [x], None, "bn_act", on(), 5) == [5]
+        assert execution.launched(event, lambda x: [x], None, "bn_act", on(), 5) == [5]
     assert heard == [dispatch.Event("bn_act", "native", launches=3, bytes_moved=7)]
 
 
@@ -151,7 +151,7 @@ def test_of_a_refused_launch_only_the_next_backend_tells(machine, monkeypatch):
     heard = []
     with dispatch.observe(heard.append), pytest.warns(RuntimeWarning, match="no longer runs"):
         event = dispatch.Event("bn_act", "native")
-        assert define._launched(event, refusing, lambda *args: args, "bn_act", on(), 5) == (5,)
+        assert execution.launched(event, refusing, lambda *args: args, "bn_act", on(), 5) == (5,)
     assert heard == []
 
 
@@ -169,7 +169,7 @@ def test_the_next_backend_takes_over_from_a_refused_launch(machine):
     x = on()
     ran = []
     with pytest.warns(RuntimeWarning, match="no longer runs bn_act natively on cuda:0: .*too many"):
-        result = define._launched(
+        result = execution.launched(
             None, refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
         )
     assert result == "result" and ran == [(x, 1)]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,11 +187,14 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("library,reason", [
     ("missing", "is not built: run `make build`"), ("broken", "does not load:"),
+    ("foreign", "is not the library of fusedres"),
 ])  # fmt: skip
 def test_without_the_library_everything_runs_and_says_why(library, reason, tmp_path, monkeypatch):
     path = tmp_path / "_C.so"
     if library == "broken":
         path.write_bytes(b"\x7fELF, and then not")
+    elif library == "foreign":
+        path.symlink_to(Path(torch.__file__).parent / "lib" / "libc10.so")
     monkeypatch.setenv("FUSEDRES_LIBRARY", str(path))
     root = fusedres.__path__[0].removesuffix("fusedres")
     done = subprocess.run(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
 from cases import randn
 from fusedres.ops import packing
 from harness import same_bits
@@ -164,9 +165,28 @@ def test_a_weight_is_packed_once():
 def test_sizes_and_dtypes_take_turns():
     fused, plain = inference_pair()
     with torch.no_grad():
-        for size in (6, 7, 6, 8, 9, 10, 6):
+        for size in (6, 7, 6, 8, 9, 10, 12, 6):
             for layout in ("NCHW", "NHWC"):
                 check_module(fused, plain, randn((2, 16, size, size), layout=layout), graded=False)
+        with CountPackings() as more:
+            for size in (6, 7, 8, 9, 10, 11, 6):
+                check_module(fused, plain, randn((2, 16, size, size)), graded=False)
+    assert more.count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_packs_the_weight_itself_once(dtype):
+    fused, plain = inference_pair()
+    x = randn(X)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        with CountPackings() as first:
+            fused(x)
+        with CountPackings() as second:
+            out = fused(x)
+        eager = plain(x)
+    assert (first.count, second.count) == (3, 0)
+    with torch.no_grad():
+        assert_as_accurate_as_eager(out, plain.double()(x.double()), eager)
 
 
 def test_inference_mode():
@@ -176,6 +196,9 @@ def test_inference_mode():
         check_module(fused, plain, x, graded=False)
         made_inside = copy.deepcopy(fused)
         first = made_inside(x)
+        with CountPackings() as again:
+            made_inside(x)
+        assert again.count == 0
         made_inside.conv1.weight.mul_(0.5)  # a tensor without a version counter
         assert not same_bits(made_inside(x), first)
         plain.conv1.weight.data.mul_(0.5)

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .. import dispatch, reference
@@ -23,7 +21,7 @@ from .. import functional as F
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
 from .node import as_one_node, branch_of
-from .recognise import act_of, hooked, se_of, wants_grad
+from .recognise import act_of, hooked, se_of, symbolic, wants_grad
 from .residual_scale import scaled_norm
 from .squeeze import squeeze_excite
 from .training import convolve, tail
@@ -165,11 +163,6 @@ def activate_copy(x: Tensor, act: nn.Module | str | None) -> Tensor:
     """``act(x)`` where x must stay as it is: a block's ReLU may work in place."""
     name = act_of(act)
     return act(x.clone()) if name is None else reference.ACTIVATIONS[name](x)
-
-
-def symbolic(x) -> bool:
-    """Whether x is traced: graphs of FX and TorchScript are for tools that know PyTorch's ops."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 def step(state: State, conv: nn.Module, norm: nn.Module, act, batches: list[Batch]) -> State:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .. import checks, dispatch
@@ -11,7 +10,7 @@ from ..layout import dense
 from ..ops import bn_act, conv_stats
 from ..ops.convolution import Geometry
 from ..ops.dense_block import Layer, dense_block
-from .recognise import Norm, act_of, geometry_of, hooked, norm_of
+from .recognise import Norm, act_of, geometry_of, hooked, norm_of, symbolic
 from .unit import autocasts, operands, track
 
 
@@ -51,7 +50,7 @@ class DenseLayer(nn.Module):
 
 def pre_norm_conv(x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Conv2d) -> Tensor:
     """``conv(act(norm(x)))``, of which only x is kept for the backward."""
-    half = "FX tracing" if isinstance(x, torch.fx.Proxy) else _half_of(x, None, norm, act, conv)
+    half = "tracing" if symbolic(x) else _half_of(x, None, norm, act, conv)
     if isinstance(half, str):
         dispatch.notify(dispatch.Event("norm, conv", "unfused", half, launches=3))
         return conv(act(norm(x)))
@@ -156,8 +155,8 @@ def run_dense_block(x: Tensor, layers: list[nn.Module]) -> Tensor:
 
 def _halves_of(x: Tensor, layers: list[nn.Module]) -> list[tuple[Half, Half]] | str:
     """Both halves of every layer, or why the layers run one by one."""
-    if isinstance(x, torch.fx.Proxy):
-        return "FX tracing"
+    if symbolic(x):
+        return "tracing"
     if torch.compiler.is_compiling():
         return "the compiler plans memory by itself"
     if torch._C._are_functorch_transforms_active():

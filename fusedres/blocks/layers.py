@@ -10,7 +10,7 @@ from .. import checks, dispatch, reference
 from .. import functional as F
 from ..running_stats import recomputing
 from .chain import add_act, chain
-from .recognise import SE, not_pointwise
+from .recognise import SE, not_pointwise, symbolic
 from .squeeze import squeeze_excite
 
 POOLS = ("mean", "mean_max")
@@ -71,7 +71,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` and ``residual``: [N, C, H, W]; returns the same shape, dtype and format."""
-        if isinstance(x, torch.fx.Proxy):
+        if symbolic(x):
             return add_act(_BatchNorm.forward(self, x), residual, self.act)
         self._check_input_dim(x)
         return batch_norm_act(self, x, residual, self.act)
@@ -168,7 +168,7 @@ class SqueezeExcite(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None
     ) -> Tensor:
         """``x`` and ``residual``: [N, C, H, W]; ``post_act``: a name, or None for none."""
-        parts = "FX tracing" if isinstance(x, torch.fx.Proxy) else self.squeeze_excite_parts()
+        parts = "tracing" if symbolic(x) else self.squeeze_excite_parts()
         if not isinstance(parts, str) and x.dim() != 4:
             parts = f"the input has {x.dim()} dimensions, not 4"
         if isinstance(parts, str):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .chain import step, symbolic
+from .chain import step
 from .drop_path import DropPath, set_shortcut
 from .preact_sum import Sum, add_convolution, norm_relu
-from .recognise import NormPart, hooked
+from .recognise import NormPart, hooked, symbolic
 from .residual_scale import ResidualScale
 from .resnet import conv1x1, conv3x3
 from .unit import Batch, State, materialise, track_all

@@ -11,8 +11,8 @@ from .. import checks, dispatch
 from ..layout import conv_memory_format, dense
 from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
-from .chain import Scale, add_act, symbolic
-from .recognise import NormPart, act_of, geometry_of, hooked, norm_of, wants_grad
+from .chain import Scale, add_act
+from .recognise import NormPart, act_of, geometry_of, hooked, norm_of, symbolic, wants_grad
 from .residual_scale import ResidualScale
 from .training import NO_PROLOGUE
 from .unit import Batch, Pending, State, activate, materialise, misfit, operands, value

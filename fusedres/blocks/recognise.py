@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -68,6 +69,11 @@ _ACTS: dict[type, str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
+
+
+def symbolic(x) -> bool:
+    """Whether x is traced: graphs of FX and TorchScript are for tools that know PyTorch's ops."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 def hooked(module: nn.Module) -> str | None:

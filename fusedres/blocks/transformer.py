@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .. import checks, dispatch
 from .. import functional as F
-from .recognise import hooked
+from .recognise import hooked, symbolic
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -115,7 +114,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """``src``: [N, L, d_model] with ``batch_first``, else [L, N, d_model], or [L, d_model]."""
-        if self.training and self.drop_path and not isinstance(src, torch.fx.Proxy):
+        if self.training and self.drop_path and not symbolic(src):
             if src.dim() != 3:
                 raise ValueError(f"src: wanted 3 dimensions with drop_path, got {src.dim()}")
         plain = super().forward
@@ -191,8 +190,8 @@ def encoder_layer(
 
 
 def _unfused(layer: nn.TransformerEncoderLayer, src: Tensor) -> str | None:
-    if isinstance(src, torch.fx.Proxy):
-        return "FX tracing"
+    if symbolic(src):
+        return "tracing"
     if src.is_nested:
         return "the input is a nested tensor"
     if not layer.training and not torch.is_grad_enabled() and layer.self_attn.batch_first:
