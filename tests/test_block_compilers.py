@@ -57,7 +57,7 @@ def test_export_of_any_batch_size(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_pytorchs_ops(training):
     block, _ = (b.train(training) for b in block_pair("SEBasicBlock", stride=2))
     model, x = nn.Sequential(block, fusedres.BatchNormAct2d(8).train(training)), randn(X)
