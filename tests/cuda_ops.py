@@ -182,7 +182,7 @@ def conv_call(op, x, weight, geometry, /, **members):
     """Launch a convolution's kernels: its operands in NHWC, its result from the geometry."""
     stride, padding, dilation, groups = geometry
     y = torch.empty(
-        conv_shape(x, weight, geometry), dtype=x.dtype, memory_format=torch.channels_last
+        conv_shape(x.shape, weight, geometry), dtype=x.dtype, memory_format=torch.channels_last
     )
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     (k, p, q), (c, h, w) = y.shape[1:], x.shape[1:]
