@@ -65,7 +65,7 @@ def pack_mask(mask: Tensor, like: Tensor) -> Tensor:
     mask = dense(mask, like)
     flat = mask.permute(0, 2, 3, 1) if memory_format(like) == torch.channels_last else mask
     bits = torch.nn.functional.pad(flat.reshape(rows, cols).to(torch.uint8), (0, -cols % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=like.device)
     return (bits.view(rows, (cols + 7) // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 

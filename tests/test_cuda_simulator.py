@@ -21,6 +21,7 @@ STOPPED = {
     "barriers_at_two_lines": ("forward", "divergent barrier: thread 32,0,0 of block 0,0,0 is at __syncthreads (blocks.cpp:"),
     "barriers_of_two_kinds": ("random", "deadlock: 32 at __syncthreads (blocks.cpp:"),
     "too_much_shared": ("forward", "stopped: invalid argument"),
+    "too_much_shared_together": ("forward", "shared memory: 49408 bytes, the kernel may have 49152"),
     "shuffle_outside_mask": ("forward", "a shuffle reads lane 20, which is not in its mask 0x0000ffff"),
     "two_operations": ("forward", "divergent warp: thread 1,0,0 of block 0,0,0 calls __shfl_xor_sync, others __ballot_sync with the same mask"),
     "lane_has_returned": ("random", "divergent warp: thread 7,0,0 of block 0,0,0 has returned, others wait for it in __shfl_xor_sync"),

@@ -15,6 +15,7 @@ import zoo
 from accuracy import assert_as_accurate_as_eager
 from cases import backends, layouts, randn
 from fusedres import dispatch
+from fusedres.convert.forwards import residual_block
 from harness import Unchanged
 from modules import PLAIN_BLOCKS, block_pair, check_module, projection, randomise, results, twins
 
@@ -257,3 +258,17 @@ def test_fuse_unfuse_explain_and_verify():
             torch.manual_seed(seed)
             found.append(results(m, x.double()))
         torch.testing.assert_close(*found)
+
+
+def test_a_sum_in_float32_under_autocast_drops_the_branch():
+    """timm's ``a + b`` of a bfloat16 branch and a float32 shortcut."""
+    body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).train()
+    x, drawn = randn((2, 4, 5, 5)), []
+
+    def nothing(branch):
+        drawn.append(branch.dtype)
+        return torch.zeros(len(branch), dtype=branch.dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = residual_block(x, body, skip=None, act=nn.Identity(), row_scale=nothing, promotes=True)
+    assert torch.equal(y, x) and drawn == [torch.bfloat16]

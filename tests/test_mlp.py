@@ -141,3 +141,13 @@ def test_explain_and_verify():
     (dense,) = (r for r in rows if r.op == "dense_mlp")
     assert dense.launches == 2 and "one buffer" in dense.reason
     assert fusedres.verify(model, x, train=True).ok
+
+
+def test_layers_with_hooks_or_of_other_classes_run_themselves():
+    mlp, x = fusedres.DenselyConnectedMLP(4, 3, 2, depth=2), randn((5, 4))
+    wanted, calls = mlp(x), []
+    mlp.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(mlp(x), wanted)
+    assert calls == [1]
+    mlp.layers[0] = nn.Sequential(mlp.layers[0])
+    torch.testing.assert_close(mlp(x), wanted)

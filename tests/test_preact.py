@@ -258,3 +258,19 @@ def test_second_derivatives():
         found.append(torch.autograd.grad(dx.square().sum(), list(block.parameters())))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_second_channel_of_a_tensor(training):
+    fused, plain = pair("PreActBasicBlock")
+    channels = fused.conv1.in_channels
+    x = randn((2, 2 * channels, 6, 6))[:, ::2]
+    check_module(fused.train(training), plain.train(training), x)
+
+
+def test_an_export_leaves_nothing_behind():
+    fused, plain = (b.eval() for b in pair("PreActBasicBlock"))
+    x = randn((2, fused.conv1.in_channels, 6, 6))
+    with torch.no_grad():
+        torch.export.export(fused, (x,))
+        check_module(fused, plain, x, graded=False)

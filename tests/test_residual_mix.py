@@ -232,3 +232,18 @@ def test_bytes_moved():
     assert bytes_moved(x, x, x, None, 1.0, 1.0, "identity", False) == 4 * 1024
     args = x, None, None, None, None, mask, 0.5, 1.0, "relu"
     assert backward_bytes_moved(*args) == 3 * 1024 + 32  # R + WW, the mask
+
+
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_hooks_that_save_in_another_layout(act):
+    branch, shortcut, gate = (randn((2, 8, 4, 4), layout="NHWC") for _ in range(3))
+
+    def grads():
+        leaves = [t.detach().requires_grad_() for t in (branch, shortcut, gate)]
+        y = fusedres.functional.residual_mix(leaves[0], leaves[1], gate=leaves[2], act=act)
+        return torch.autograd.grad(y.sum(), leaves)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        found = grads()
+    for a, b in zip(found, grads(), strict=True):
+        assert torch.equal(a, b)

@@ -157,3 +157,19 @@ def test_bad_input(make, error, message):
     scaling = fusedres.ResidualScale(5)
     with Unchanged(scaling), pytest.raises(ValueError, match="weight: wanted shape"):
         scaling(randn(X), randn(X))
+
+
+def test_a_tangent_goes_through_a_frozen_block():
+    block = fusedres.BasicBlock(8, 8, residual_scale=fusedres.ResidualScale(8, 0.5)).eval()
+    randomise(block)
+    block.requires_grad_(False)
+    x, params = randn((2, 8, 5, 5)), dict(block.named_parameters())
+    ones = {name: torch.ones_like(p) for name, p in params.items()}
+
+    def tangent(module):
+        def fn(given):
+            return torch.func.functional_call(module, given, (x,))
+
+        return torch.func.jvp(fn, (params,), (ones,))[1]
+
+    torch.testing.assert_close(tangent(block), tangent(fusedres.unfuse(block)))

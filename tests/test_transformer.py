@@ -280,3 +280,14 @@ def test_explain_and_verify(train):
     assert [r.backend for r in rows if r.op == "add_norm"] == ["native", "native"]
     result = fusedres.verify(fused, x, train=train)
     assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("name", ["_sa_block", "_ff_block"])
+def test_a_part_that_was_replaced_is_called(name):
+    layer, x = fusedres.TransformerEncoderLayer(8, 2, 16, dropout=0.0), randn((3, 2, 8))
+    own, calls = getattr(layer, name), []
+    setattr(layer, name, lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    wanted = fusedres.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    wanted.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), wanted(x))
+    assert calls == [1]

@@ -53,17 +53,31 @@ struct LaunchShape {
   int64_t blocks_y = 1;
 };
 
-// Starts kernel(args...). More dynamic shared memory than a block has by default is asked for.
+// Lets a kernel have `bytes` of dynamic shared memory. By default a block has 48 KiB, its static
+// arrays included. The limit is the kernel's on this device, whoever launches it: it goes to the
+// most that the device has, at once, so that no thread lowers what another is about to use.
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  cudaFuncAttributes has{};
+  cudaError_t error = cudaFuncGetAttributes(&has, kernel);
+  if (error != cudaSuccess || bytes <= has.maxDynamicSharedSizeBytes) return error;
+  int device = 0, most = 0;
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(has.sharedSizeBytes));
+}
+
+// Starts kernel(args...).
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    Args... args) {
   if (shape.blocks > kMaxGrid || shape.blocks_y > 65535) return cudaErrorInvalidConfiguration;
-  if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t refused =
+      allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  if (refused != cudaSuccess) return refused;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, reference
 from .. import functional as F
 from ..ops.dense_mlp import dense_mlp
+from .recognise import hooked
 from .unit import autocasts, in_autocast
 
 
@@ -86,7 +87,7 @@ class DenselyConnectedMLP(nn.Module):
             act, in_features=in_features, hidden_features=hidden_features,
             out_features=out_features, depth=depth,
         )  # fmt: skip
-        self.act = act
+        self.act, self.in_features = act, in_features
         to = dict(device=device, dtype=dtype)
         widths = [in_features + i * hidden_features for i in range(depth + 1)]
         self.layers = nn.ModuleList(nn.Linear(w, hidden_features, bias, **to) for w in widths[:-1])
@@ -94,7 +95,11 @@ class DenselyConnectedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        _check_input(x, self.layers[0].in_features)
+        _check_input(x, self.in_features)
+        if any(type(m) is not nn.Linear or hooked(m) is not None for m in self.layers):
+            for layer in self.layers:
+                x = torch.cat([x, reference.ACTIVATIONS[self.act](layer(x))], -1)
+            return self.output(x)
         rows = x.reshape(-1, x.shape[-1])
         operands = [rows]
         for layer in self.layers:

@@ -11,6 +11,7 @@ from .. import checks, dispatch
 from ..layout import conv_memory_format, dense
 from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
+from ..ops.define import PLAIN
 from .chain import Scale, add_act
 from .recognise import NormPart, act_of, geometry_of, hooked, norm_of, symbolic, wants_grad
 from .residual_scale import ResidualScale
@@ -40,13 +41,14 @@ def norm_relu(
         reason = found if isinstance(found, str) else f"{type(act).__name__} has no fused form"
         dispatch.notify(dispatch.Event("norm", "unfused", reason))
         return activate(norm(x), act)
+    x = dense(x)
     if not found.batch_stats:
         pending = Pending(x, found, name, found.running_mean, found.running_var)
         return pending if wants_grad(x, found.weight, found.bias) else materialise(pending)
     checks.more_than_one_value(x)
     mean, var = state.mean, state.var
     if mean is None:
-        mean, var = bn_act.stats_op(dense(x.detach()))
+        mean, var = bn_act.stats_op(x.detach())
     batches.append((found, mean, var, x.shape))
     return Pending(x, found, name, mean, var)
 
@@ -87,6 +89,8 @@ def add_convolution(
         return Sum(y, mean, var) if own else _added(y, residual, scale, scaling)
     plain = scale is None and scaling is None and isinstance(state, Tensor)
     if plain and not wants_grad(x, weight, bias, residual):
+        if x.device.type == "cpu":
+            weight, bias = conv.weight, conv.bias  # packed once, under autocast too
         identity = _identity_norm(weight)
         y = conv_bn_act.op(x, weight, bias, residual, *identity, 0.0, *geometry, "identity")
         return Sum(y)
@@ -126,8 +130,11 @@ _constants: dict[tuple, tuple[None, None, Tensor, Tensor]] = {}
 def _identity_norm(weight: Tensor) -> tuple[None, None, Tensor, Tensor]:
     """A norm that changes nothing. The same tensors each time: a packed weight knows its norm."""
     key = weight.shape[0], weight.device
-    if key not in _constants:
+    found = _constants.get(key) if type(weight) in PLAIN else None
+    if found is None:
         with torch.inference_mode(False):
             zeros = torch.zeros(weight.shape[0], device=weight.device)
-            _constants[key] = None, None, zeros, torch.ones_like(zeros)
-    return _constants[key]
+            found = None, None, zeros, torch.ones_like(zeros)
+        if type(weight) in PLAIN and type(zeros) is Tensor:  # not those of a tracer
+            _constants[key] = found
+    return found

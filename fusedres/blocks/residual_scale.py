@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional as F
 from .. import reference
+from ..ops.define import PLAIN, transformed
 from .recognise import Norm, wants_grad
 
 _products = WeakTensorKeyDictionary()  # gain -> the weight and bias it was last folded into
@@ -80,7 +81,8 @@ def scaled_norm(norm: Norm, gain: Tensor, channels: int) -> Norm:
     """The batch norm whose result is ``gain`` times that of ``norm``."""
     weight = gain.expand(channels) if norm.weight is None else norm.weight * gain
     bias = None if norm.bias is None else norm.bias * gain
-    if not wants_grad(weight, bias) and not torch.compiler.is_compiling():
+    packs = weight.device.type == "cpu" and type(weight) in PLAIN and not transformed()
+    if packs and not wants_grad(weight, bias) and not torch.compiler.is_compiling():
         weight, bias = _same_as_last(gain, weight, bias)
     return replace(norm, weight=weight, bias=bias)
 

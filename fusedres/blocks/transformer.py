@@ -192,6 +192,10 @@ def encoder_layer(
 def _unfused(layer: nn.TransformerEncoderLayer, src: Tensor) -> str | None:
     if symbolic(src):
         return "tracing"
+    for name in ("_sa_block", "_ff_block"):
+        known = getattr(nn.TransformerEncoderLayer, name), getattr(TransformerEncoderLayer, name)
+        if name in vars(layer) or getattr(type(layer), name) not in known:
+            return f"{type(layer).__name__} has a {name} of its own"
     if src.is_nested:
         return "the input is a nested tensor"
     if not layer.training and not torch.is_grad_enabled() and layer.self_attn.batch_first:

@@ -176,7 +176,9 @@ def residual_block(
     _tell_unfused([*todo, *([act] if name is None else [])])
     if promotes and identity.projection is None and _autocast_dtype(x) != x.dtype:
         branch, residual = _flush(*_advance(x, todo)), identity.settled()
-        x = add_act(branch.to(torch.promote_types(branch.dtype, residual.dtype)), residual, name)
+        factors = row_scale and row_scale(branch)  # drawn in the branch's dtype, as the peer does
+        branch = branch.to(torch.promote_types(branch.dtype, residual.dtype))
+        x = add_act(branch, residual, name, factors)
     else:
         x = _add(x, todo, identity, name, row_scale)
     return x if name is not None else act(x)

@@ -4,8 +4,8 @@
 raw x alone: the activation that the convolution saw is computed again when it is needed. This is
 what makes a block in training hold one tensor a convolution instead of two.
 
-On a GPU a 1x1 convolution does all of it in one kernel (kernels/conv_stats.py): the norm is applied
-as x is loaded, the sums are taken of the tile that is stored.
+On a GPU a kernel can do all of it (kernels/conv_stats.py, csrc/cuda/conv_stats.cuh): the norm is
+applied as x is loaded, the sums are taken of the tile that is stored; a second launch adds them.
 """
 
 from __future__ import annotations

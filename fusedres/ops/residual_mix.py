@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ..layout import mask_shape, memory_format, pack_mask, unpack_mask
+from ..layout import in_layout, mask_shape, memory_format, pack_mask, unpack_mask
 from .define import Traffic, by_reference, define, empty_mask, numel_bytes, vjp
 
 SCHEMA = (
@@ -57,7 +57,7 @@ def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 8
     branch, shortcut, gate, row_scale, mask = ctx.saved_tensors
-    dy = dy.contiguous(memory_format=ctx.layout)
+    dy, branch, shortcut, gate = in_layout(ctx.layout, dy, branch, shortcut, gate)
     needed = ctx.needs_input_grad[:3]
     if by_reference("residual_mix", dy):
         inputs = branch, shortcut, gate

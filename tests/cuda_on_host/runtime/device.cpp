@@ -26,6 +26,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaErrorInvalidValue;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const auto limit = sim::state.shared_limits.find(kernel);
+  *attributes = {0, limit == sim::state.shared_limits.end() ? 0 : limit->second};
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   if (value < 0 || value > sim::state.shared_limit) return cudaErrorInvalidValue;
   sim::state.shared_limits[kernel] = value;

@@ -20,6 +20,15 @@ void* find_shared(const void* key, size_t bytes, const char* name) {
     if (array.key == key) return array.data;
   }
   Unseen quiet;
+  // A GPU refuses the launch; here a static array is known when it is first used.
+  size_t declared = key == &dynamic_key ? bytes : state.shared_bytes + bytes;
+  for (const SharedArray& array : block->shared) {
+    declared += array.key == &dynamic_key ? 0 : array.bytes;
+  }
+  if (declared > state.shared_allowed) {
+    fail("shared memory: " + std::to_string(declared) + " bytes, the kernel may have " +
+         std::to_string(state.shared_allowed));
+  }
   void* data = nullptr;
   if (posix_memalign(&data, 1024, bytes) != 0) fail("no memory for shared memory");
   std::memset(data, 0xff, bytes);

@@ -154,8 +154,9 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, const At
   }
   if (cluster > 1 && state.major < 9) return cudaErrorNotSupported;
   const auto limit = state.shared_limits.find(kernel);
-  const int allowed = limit == state.shared_limits.end() ? 48 * 1024 : limit->second;
-  if (config.dynamicSmemBytes > static_cast<size_t>(allowed)) return cudaErrorInvalidValue;
+  const bool set = limit != state.shared_limits.end();
+  const size_t allowed = set ? static_cast<size_t>(limit->second) : kDefaultShared;
+  if (config.dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   if (!a.cooperative) return cudaSuccess;
   int resident = 0;
   occupancy_of(&resident, kernel, static_cast<int>(threads), config.dynamicSmemBytes);
@@ -217,6 +218,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   state.launched += state.kernel + " " + std::to_string(cluster) + "\n";
   state.blocks = volume(config.gridDim);
   state.shared_bytes = config.dynamicSmemBytes;
+  state.shared_allowed = state.shared_limits.count(kernel) != 0
+                             ? static_cast<size_t>(state.shared_limit)
+                             : kDefaultShared;
   state.cooperative = attributes.cooperative;
   state.grid_barrier = {};
   state.started.release();

@@ -133,19 +133,22 @@ struct BulkCopy {
 // Forward lets copies land as late as the program allows, reverse as early, random between.
 enum class Order { kForward, kReverse, kRandom };
 
+constexpr size_t kDefaultShared = 48 * 1024;  // of a block whose kernel was not given more
+
 struct State {
   Fiber* current = nullptr;  // null in the scheduler
   Context scheduler;
   std::function<void()> thread;  // what a fiber runs
   std::string kernel;
   std::string error;
-  std::string launched;  // a line a launch until they are taken: kernel, blocks of a cluster
-  size_t blocks = 0;     // of the grid
-  size_t shared_bytes = 0;
+  std::string launched;     // a line a launch until they are taken: kernel, blocks of a cluster
+  size_t blocks = 0;        // of the grid
+  size_t shared_bytes = 0;  // dynamic
+  size_t shared_allowed = kDefaultShared;  // static arrays included
   bool cooperative = false;
   Barrier grid_barrier;
   std::deque<BulkCopy> copies;
-  std::map<const void*, int> shared_limits;  // by kernel
+  std::map<const void*, int> shared_limits;  // that were set, by kernel
   Token started, finished;
   Order order = Order::kForward;
   std::mt19937_64 random;

@@ -202,6 +202,23 @@ cudaError_t too_much_shared(bool* right) {
                             static_cast<float*>(nullptr), 0);
 }
 
+__global__ void static_and_dynamic_kernel(float* y) {
+  FUSEDRES_SHARED(float, part, 64);
+  FUSEDRES_DYNAMIC_SHARED(float, whole);
+  whole[threadIdx.x] = part[threadIdx.x] = 1;
+  if (threadIdx.x == 0) *y = part[0] + whole[0];
+}
+
+// A static array counts against the default.
+cudaError_t too_much_shared_together(bool* right) {
+  *right = false;
+  float y = 0;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(64);
+  config.dynamicSmemBytes = 48 * 1024;
+  return cudaLaunchKernelEx(&config, static_and_dynamic_kernel, &y);
+}
+
 }  // namespace
 
 std::vector<Case> block_cases() {
@@ -223,5 +240,6 @@ std::vector<Case> block_cases() {
       {"race_without_atomics", count<false>},
       {"race_of_blocks", race_of_blocks},
       {"too_much_shared", too_much_shared},
+      {"too_much_shared_together", too_much_shared_together},
   };
 }
