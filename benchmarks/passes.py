@@ -125,19 +125,20 @@ def _pointwise_training(c: Costs, net: Network) -> Kernels:
 
 
 def _steps_training(c: Costs, net: Network) -> Kernels:
-    found = [c.conv(net.stem), c.stats(net.stem.y), c.wgrad(net.stem)]
+    found = [c.conv(net.stem), c.wgrad(net.stem)]
     found += [*_applied(c, net.stem, "relu"), *[c.max_pool(net, INDEX_BYTES)] * 2]
     for block in net.blocks:
         again = _is_repeated(block.convs[-1])
         for conv in block.all_convs():
             found += [c.conv(conv), c.dgrad(conv), c.wgrad(conv)]
-            # The pass that squeezes gives the statistics as well, unless the tail is one node.
-            if conv is not block.convs[-1] or not block.squeeze or again:
+            # Whoever reads a raw result takes its statistics, but for two norms that meet in a sum.
+            joined = block.shortcut is not None and not block.squeeze
+            if joined and (conv is block.convs[-1] or conv is block.shortcut):
                 found.append(c.stats(conv.y))
             if any(conv is later for later in block.convs[1:]):  # norm and ReLU before it, twice
-                prologue = c.tail(conv.x, residual=False, stats_given=True)
+                again_before = c.tail(conv.x, residual=False, stats_given=True)
                 behind = c.tail_backward(conv.x, mask=False, dresidual=False)
-                found += [prologue, prologue, behind]
+                found += [c.tail(conv.x, residual=False), again_before, behind]
         last = block.convs[-1]
         if again:
             found.append(Kernel("conv again", c.conv(last).flops, c.conv(last).bytes))
@@ -154,9 +155,9 @@ def _is_repeated(conv: Conv) -> bool:
 
 
 def _applied(c: Costs, conv: Conv, act: str) -> Kernels:
-    """Batch norm with known statistics, forward and backward."""
+    """Batch norm, forward and backward."""
     return [
-        c.tail(conv.y, residual=False, act=act, stats_given=True),
+        c.tail(conv.y, residual=False, act=act),
         c.tail_backward(conv.y, mask=False, dresidual=False, act=act),
     ]
 
@@ -167,7 +168,7 @@ def _block_end(c: Costs, block: Block) -> Kernels:
     found = [] if block.shortcut is None else _applied(c, block.shortcut, "identity")
     return [
         *found,
-        c.tail(block.y, block.squeeze, residual=True, stats_given=True, mask=True),
+        c.tail(block.y, block.squeeze, residual=True, mask=True),
         c.tail_backward(block.y, block.squeeze, mask=True, dresidual=True),
     ]
 

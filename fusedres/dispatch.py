@@ -23,6 +23,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # with the op whose kernel they need then.
 COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act"}
 
+# What the library implements only where it holds CUDA kernels.
+CUDA_ONLY = (*COMPOSED, "cuda_launches")
+
 
 def _native_can_run(op: str, x: Tensor) -> str | None:
     kind = x.device.type

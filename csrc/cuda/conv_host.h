@@ -75,8 +75,10 @@ struct Convolution {
                     " does not fit into x ", shape_of(x), " with its padding");
     p->p = room_h / p->stride_h + 1;
     p->q = room_w / p->stride_w + 1;
-    y = torch::stable::empty({p->n, p->k, p->p, p->q}, x.scalar_type(), std::nullopt, x.device(),
-                             std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+    const int64_t shape[] = {p->n, p->k, p->p, p->q};  // nvcc takes no list in the call
+    y = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), x.scalar_type(),
+                             std::nullopt, x.device(), std::nullopt,
+                             torch::headeronly::MemoryFormat::ChannelsLast);
     p->x = x.const_data_ptr();
     p->weight = weight.const_data_ptr();
     p->y = y.mutable_data_ptr();

@@ -91,6 +91,7 @@ def _gpu_kernels() -> Finding:
 def _ops_without_kernel() -> list[str]:
     """Ops of this package that the loaded library does not implement."""
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    names -= {f"fusedres_native::{op}" for op in dispatch.CUDA_ONLY}
     ours = sorted(name for name in names if name.startswith("fusedres_native::"))
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = "CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd"
