@@ -229,7 +229,8 @@ def everything(archs: list[str], built: Path | None) -> list[Found]:
             ]
         # kernels of a header that several files include are compiled in each: shown once
         unique = {(f.kernel, f.arguments, f.arch): f for job in jobs for f in job.result()}
-    return list(unique.values())
+    # in a library the other architectures hold Hopper's kernels without a body
+    return [f for f in unique.values() if f.kernel != HOPPER or f.arch == HOPPER_ARCH]
 
 
 def main() -> int:
