@@ -99,13 +99,16 @@ def test_the_largest_tile_is_for_channels_and_pixels_that_fill_it(k, sms, larges
     """It is the one that needs more shared memory than a block has without asking."""
     conv = Conv((1, 8, 13, 10), (k, 8, 1, 1), padding=(0, 0))
     t = inference.tensors_of(conv, torch.float16)
-    with cuda_on_host(sms=sms, shared_bytes=64 * 1024):
+    tiles = 64 * 1024  # beside them the kernel has a few KiB of static arrays
+    with cuda_on_host(sms=sms, shared_bytes=tiles + 4096):
         check_inference(conv, "relu", t)
-    with cuda_on_host(sms=sms, shared_bytes=64 * 1024 - 1):
+    with cuda_on_host(sms=sms, shared_bytes=tiles):
         if not largest:
             check_inference(conv, "relu", t)
             return
-        with pytest.raises(cuda_host.CudaError, match="invalid argument"):
+        with pytest.raises(
+            cuda_host.CudaError, match="shared memory: .* the kernel may have 65536"
+        ):
             infer(conv, "relu", t)
 
 
