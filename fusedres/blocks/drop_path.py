@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .. import checks
 from .chain import Scale
+from .recognise import hooked, symbolic
 from .residual_scale import ResidualScale
 
 MODES = ("row", "batch")
@@ -19,7 +19,8 @@ class DropPath(nn.Module):
     By itself it is torchvision's StochasticDepth and timm's DropPath, with their random numbers. In
     a block (``drop_path=``) it is no pass of its own: s is a factor in the pass that adds the
     shortcut, and in mode "batch" a dropped branch is not run at all (its norms do not count the
-    batch, its parameters get no gradient).
+    batch, its parameters get no gradient). Hooks and subclasses with a forward of their own are
+    called, on the result of a branch that has run.
 
     Args:
         p: probability of dropping.
@@ -68,7 +69,7 @@ class DropPath(nn.Module):
         """Whether a block runs its branch for this ``x``, and what draws the branch's factors."""
         if not self.active:
             return True, None
-        traced = torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy)
+        traced = torch.compiler.is_compiling() or symbolic(x)
         if self.mode == "row" or traced:  # a trace cannot leave the branch out
             return True, self.factors
         factor = self._draw(x, 1)
@@ -126,6 +127,26 @@ def set_shortcut(
     block.downsample = downsample
     block.drop_path = drop_path_of(drop_path)
     block.residual = residual
+
+
+def drop_plan(block: nn.Module, x: Tensor) -> tuple[bool, Scale | None]:
+    """Whether the branch of ``block`` runs for this x, and what draws its factors."""
+    return (True, None) if block.drop_path is None else block.drop_path.plan(x)
+
+
+def must_call(module: nn.Module | None, known: type) -> str | None:
+    """A reason to call ``module``, not to leave what it does to a pass of its block's tail."""
+    if not isinstance(module, nn.Module):  # none, or what a converter read from a peer's
+        return None
+    if type(module).forward is not known.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    return hooked(module)
+
+
+def must_call_either(block: nn.Module) -> str | None:
+    """A reason to call the block's drop path and its scale."""
+    drops = must_call(block.drop_path, DropPath)
+    return drops or must_call(block.residual_scale, ResidualScale)
 
 
 def linear_decay(rate: float, blocks: int) -> list[float]:

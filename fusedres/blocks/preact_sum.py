@@ -13,7 +13,7 @@ from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
 from ..ops.define import PLAIN
 from .chain import Scale, add_act
-from .recognise import NormPart, act_of, geometry_of, hooked, norm_of, symbolic, wants_grad
+from .recognise import NormPart, act_of, geometry_of, norm_of, symbolic, wants_grad
 from .residual_scale import ResidualScale
 from .training import NO_PROLOGUE
 from .unit import Batch, Pending, State, activate, materialise, misfit, operands, value
@@ -70,9 +70,6 @@ def add_convolution(
     scaling: ResidualScale | None = None,
 ) -> Sum:
     """``scale * conv(state) + residual``: the end of a block."""
-    if scaling is not None and hooked(scaling) is not None:
-        branch = add_convolution(state, conv, None, None, False).value
-        return Sum(scaling(branch, residual, scale and scale(branch)))
     geometry = "tracing" if symbolic(value(state)) else geometry_of(conv)
     if not isinstance(geometry, str):
         geometry = misfit(conv, value(state)) or geometry
@@ -108,6 +105,14 @@ def add_convolution(
     maps = (gain, *none), (shortcut_gain, *none)
     y, _, mean, var = residual_add.op(y, *maps[0], residual, *maps[1], rows, *numbers)
     return Sum(y, mean, var) if stats else Sum(y)
+
+
+def add_by_modules(
+    branch: Tensor, residual: Tensor, drop_path: nn.Module | None, scaling: nn.Module | None
+) -> Sum:
+    """The end of a block whose drop path and scale are called as what they are."""
+    branch = branch if drop_path is None else drop_path(branch)
+    return _added(branch, residual, None) if scaling is None else Sum(scaling(branch, residual))
 
 
 def _added(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .chain import Shortcut, Triple, activate_copy, chain
-from .drop_path import DropPath, set_shortcut
+from .. import dispatch
+from .chain import Shortcut, Triple, activate_copy, add_act, chain
+from .drop_path import DropPath, drop_plan, must_call_either, set_shortcut
 from .layers import SqueezeExcite
-from .recognise import hooked
 from .residual_scale import ResidualScale
 
 
@@ -40,19 +40,27 @@ class _Block(nn.Module):
 
     def _add_to_shortcut(self, x: Tensor, *triples: Triple) -> Tensor:
         """``relu(drop_path(se(branch(x))) + shortcut(x))``; the branch alone if not residual."""
+        se, scaling = getattr(self, "se", None), self.residual_scale
         if not self.residual:
-            return chain(x, *triples, se=getattr(self, "se", None))
+            return chain(x, *triples, se=se)
         projected = Shortcut.of(x, self.downsample)
-        runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
+        inner, (conv, norm, _) = triples[:-1], triples[-1]
+        if (reason := must_call_either(self)) is not None:
+            dispatch.notify(dispatch.Event("shortcut", "unfused", reason))
+            branch = chain(x, *inner, (conv, norm, None), se=se)
+            branch = branch if self.drop_path is None else self.drop_path(branch)
+            if scaling is None:
+                return add_act(branch, projected.settled(), self.relu)
+            return activate_copy(scaling(branch, projected.settled()), self.relu)
+        runs, scale = drop_plan(self, x)
         if not runs:
             return activate_copy(projected.settled(), self.relu)
-        se, scaling = getattr(self, "se", None), self.residual_scale
         if scaling is None:
             return chain(x, *triples, se=se, residual=projected, scale=scale)
-        if se is None and scaling.shortcut == 1 and hooked(scaling) is None:
+        if se is None and scaling.shortcut == 1:
             gain = scaling.weight
             return chain(x, *triples, residual=projected, scale=scale, gain=gain)
-        branch = chain(x, *triples[:-1], (*triples[-1][:2], None), se=se)
+        branch = chain(x, *inner, (conv, norm, None), se=se)
         y = scaling(branch, projected.settled(), None if scale is None else scale(branch))
         return activate_copy(y, self.relu)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..blocks.chain import Scale
+from ..blocks.drop_path import DropPath, drop_plan, must_call
 from ..reference import ACTIVATIONS
 from .recipe import Recipe
 
@@ -32,25 +34,35 @@ def bottleneck(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _add_shortcut(block: nn.Module, branch: Callable[[], Tensor], x: Tensor) -> Tensor:
-    runs, scale = (True, None) if block.drop_path is None else block.drop_path.plan(x)
-    out = branch() if runs else None
-    if runs and hasattr(block, "se"):
+    by_module = must_call(block.drop_path, DropPath) is not None
+    runs, scale = (True, None) if by_module else drop_plan(block, x)
+    if not runs:
+        return block.relu(x.clone() if block.downsample is None else block.downsample(x))
+    out = branch()
+    if hasattr(block, "se"):
         out = block.se(out)
     if not block.residual:
         return block.relu(out)
-    if scale is not None and runs:
-        out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
-    shortcut = x.clone() if block.downsample is None else block.downsample(x)
-    if not runs:
-        return block.relu(shortcut)
-    if block.residual_scale is not None:
-        out = block.residual_scale.of_branch(out)
-        shortcut = shortcut * block.residual_scale.shortcut
-    return block.relu(out + shortcut.to(out.dtype))  # torchvision adds into the branch: its dtype
+    out = _dropped(block, out, scale, by_module)
+    shortcut = x if block.downsample is None else block.downsample(x)
+    # torchvision adds into the branch: its dtype
+    return block.relu(_sum(block, out, shortcut.to(out.dtype)))
+
+
+def _dropped(block: nn.Module, out: Tensor, scale: Scale | None, by_module: bool) -> Tensor:
+    if by_module:
+        return block.drop_path(out)
+    return out if scale is None else out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
+
+
+def _sum(block: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:
+    scaling = block.residual_scale
+    return branch + shortcut if scaling is None else scaling(branch, shortcut)
 
 
 def preact_block(self: nn.Module, x: Tensor) -> Tensor:
-    runs, scale = (True, None) if self.drop_path is None else self.drop_path.plan(x)
+    by_module = must_call(self.drop_path, DropPath) is not None
+    runs, scale = (True, None) if by_module else drop_plan(self, x)
     if not runs and self.downsample is None:
         return x
     h = self.relu(self.norm1(x))
@@ -62,12 +74,9 @@ def preact_block(self: nn.Module, x: Tensor) -> Tensor:
         out = self.conv3(self.relu(self.norm3(self.conv2(out))))
     else:
         out = self.conv2(out if self.dropout is None else self.dropout(out))
-    if scale is not None:
-        out = out * scale(out).to(out.dtype).view(-1, 1, 1, 1)
-    if self.residual_scale is not None:
-        out = self.residual_scale.of_branch(out)
-        shortcut = shortcut * self.residual_scale.shortcut
-    return out + shortcut if self.residual else out
+    if not self.residual:
+        return out
+    return _sum(self, _dropped(self, out, scale, by_module), shortcut)
 
 
 def preact_stage(self: nn.Module, x: Tensor) -> Tensor:
