@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusedres import dispatch
+from fusedres import observers
 
 from .clock import Clock
 from .machine import has_bf16_convolution
@@ -26,9 +26,9 @@ def ops_floor(competitor: Competitor, hardware: Hardware) -> float | None:
     A composed op (a convolution) reports itself and the passes that it is made of here. None on
     the reference backend, whose backward is PyTorch's own and reports nothing.
     """
-    events: list[dispatch.Event] = []
+    events: list[observers.Event] = []
     competitor.prepare()
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         competitor.call()
     if any(e.backend == "reference" for e in events):
         return None

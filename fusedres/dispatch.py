@@ -1,7 +1,7 @@
 """Chooses the backend that runs an op. The only place that does.
 
 Each backend answers ``can_run(op, x)`` with None, or with the reason it cannot; the first that
-can is taken, in the order of ``BACKENDS``. Observers (``fusedres.explain``) hear every choice.
+can is taken, in the order of ``BACKENDS``.
 """
 
 from __future__ import annotations
@@ -74,34 +74,26 @@ class Choice:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Event:
-    """One op call (or one module left unfused), as observers hear it. Bytes are of memory."""
-
-    op: str
-    backend: str
-    reason: str | None = None
-    launches: int = 1
-    bytes_moved: int = 0
-    eager_bytes: int = 0
-    flops: int = 0
-
-
 class _State(threading.local):
-    forced: str | None = None
-    observers: tuple[Callable[[Event], None], ...] = ()
-    step_by_step: bool = False
+    def __init__(self):
+        self.forced: list[str] = []  # by the contexts that this thread is in, the innermost last
+        self.step_by_step = False
 
 
 _state = _State()
-_process_default = "auto"
+_defaults: list[backend] = []  # the last one's name is the default of the process
 _warned: set[str] = set()
 
 
 def forced_backend() -> str | None:
     """The backend that ``fusedres.backend`` asked for in this thread, or None for auto."""
-    name = _state.forced or _process_default
+    name = _state.forced[-1] if _state.forced else _default()
     return None if name == "auto" else name
+
+
+def _default() -> str:
+    newest = _defaults[-1:]  # a copy: another thread may withdraw it
+    return newest[0].name if newest else "auto"
 
 
 def choose(op: str, x: Tensor) -> Choice:
@@ -215,44 +207,12 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def notify(event: Event) -> None:
-    """Tell the observers of this thread; a compiled graph has none."""
-    if torch.compiler.is_compiling():
-        return
-    for observer in _state.observers:
-        observer(event)
-
-
-def observed() -> bool:
-    return bool(_state.observers)
-
-
-@contextlib.contextmanager
-def unobserved() -> Iterator[None]:
-    """What this thread runs inside the context is a measurement's: no observer hears of it."""
-    before, _state.observers = _state.observers, ()
-    try:
-        yield
-    finally:
-        _state.observers = before
-
-
-@contextlib.contextmanager
-def observe(observer: Callable[[Event], None]) -> Iterator[None]:
-    """Call ``observer`` with every Event of this thread inside the context."""
-    before = _state.observers
-    _state.observers = (*before, observer)
-    try:
-        yield
-    finally:
-        _state.observers = before
-
-
 class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: fusedres.backend)
     """Run every op on one backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     As a function it sets the default of the process; as a context manager it holds for the
-    current thread until the end of the block, and then restores what was before.
+    current thread until the end of the block, and then restores what was before. On a GPU autograd
+    runs the backward in threads of its own, where the default of the process holds.
 
     Raises:
         ValueError: the name is not one of the four.
@@ -260,36 +220,31 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
     """
 
     def __init__(self, name: str):
-        global _process_default
         if name != "auto" and name not in BACKENDS:
             wanted = ", ".join(repr(n) for n in ("auto", *BACKENDS))
             raise ValueError(f"name: wanted one of {wanted}, got {name!r}")
-        self._name = name
-        self._before: str | None = _process_default
-        self._outer: list[str | None] = []
-        _process_default = name
+        self.name = name
+        _defaults.append(self)
 
     def _withdraw(self) -> None:
         # Used as a context or a decorator, the choice is not the process's after all.
-        global _process_default
-        if self._before is not None:
-            _process_default, self._before = self._before, None
+        with contextlib.suppress(ValueError):
+            _defaults.remove(self)
 
     def __call__(self, function: Callable) -> Callable:
         self._withdraw()
         return super().__call__(function)
 
     def __repr__(self) -> str:
-        return f"fusedres.backend({self._name!r})"
+        return f"fusedres.backend({self.name!r})"
 
     def __enter__(self) -> backend:
         self._withdraw()
-        self._outer.append(_state.forced)
-        _state.forced = self._name
+        _state.forced.append(self.name)
         return self
 
     def __exit__(self, *exc) -> None:
-        _state.forced = self._outer.pop()
+        _state.forced.pop()
 
 
 def backends() -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from torchvision.ops import stochastic_depth
 
 import fusedres
 from cases import backends, channels, executions, misaligned, parameter_dtype, randn, sliced
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.add_norm import backward_bytes_moved, bytes_moved
 from harness import (
     Unchanged,
@@ -243,7 +243,7 @@ def test_bytes_moved():
     args = x, x, None, None, keep, None, 2.0, 1e-5, "layer"
     assert bytes_moved(*args) == 4 * 1024 + 256  # RR + WW, one byte an element
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, total, mean, rstd = torch.ops.fusedres.add_norm(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("add_norm", 4 * 1024 + 256)]
     assert events[0].eager_bytes == (3 + 2 + 6) * 1024

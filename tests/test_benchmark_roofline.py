@@ -8,13 +8,13 @@ import torch
 import benchmark_harness  # noqa: F401  (makes the package importable)
 import fusedres
 from benchmarks import networks, passes, roofline
-from fusedres import dispatch
+from fusedres import observers
 
 
 def _heard(model, x, train):
     """What the ops report over one call: bytes and flops by op."""
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         y = model(x)
         if train:
             y.sum().backward()

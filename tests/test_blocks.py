@@ -13,7 +13,7 @@ from torchvision.models import resnet
 
 import fusedres
 from cases import arrange, backends, layouts, randn
-from fusedres import dispatch
+from fusedres import observers
 from harness import assert_same_bits, assert_same_format
 from modules import PLAIN_BLOCKS, assert_as_accurate, block_pair, check_module, randomise, results
 
@@ -112,7 +112,7 @@ def test_norm_layers(name, norm):
     fused.eval(), plain.eval()
     check_module(fused, plain, x)
     events = []
-    with torch.no_grad(), dispatch.observe(events.append):
+    with torch.no_grad(), observers.observe(events.append):
         check_module(fused, plain, x, graded=False)
     unfused = [e.reason for e in events if e.backend == "unfused"]
     assert bool(unfused) == (norm in UNFUSED) and all(unfused)

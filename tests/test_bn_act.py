@@ -21,7 +21,7 @@ from cases import (
     sliced,
     values_per_channel,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.bn_act import backward_bytes_moved, bytes_moved
 from harness import (
     Unchanged,
@@ -321,7 +321,7 @@ def test_bytes_moved():
     args = x, None, None, x, None, None, True, 1e-5, "relu", True
     assert bytes_moved(*args) == 4 * 1024 + 32  # R (statistics) + RR + W, one bit an element
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, mean, var, mask = torch.ops.fusedres.bn_act(*args)
     assert [(e.op, e.bytes_moved, e.eager_bytes) for e in events] == [("bn_act", 4128, 8 * 1024)]
     args = x, x, None, None, None, mean, var, mask, True, 1e-5, "relu", True

@@ -21,7 +21,7 @@ from cases import (
     sliced,
     values_per_channel,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.bn_se_act import backward_bytes_moved, bytes_moved
 from harness import (
     Unchanged,
@@ -293,7 +293,7 @@ def test_bytes_moved():
     mlp = 2 * 64 + 3 * 2 * 8 * 4
     assert bytes_moved(*args) == 4 * 1024 + mlp + 32  # R (both statistics) + RR + W
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, *saved = torch.ops.fusedres.bn_se_act(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("bn_se_act", 4 * 1024 + mlp + 32)]
     assert events[0].eager_bytes == 11 * 1024 + mlp

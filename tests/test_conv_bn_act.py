@@ -23,7 +23,7 @@ from cases import (
     randn,
     sliced,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.conv_bn_act import bytes_moved, eager_bytes
 from harness import Unchanged, assert_same_format, double, same_bits
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_one_call_says_why():
 
     def event(dtype, act, residual=True):
         events = []
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             run_fused(conv, act, **tensors_of(conv, dtype, residual))
         return events[0]
 
@@ -252,6 +252,6 @@ def test_bytes_moved():
     assert bytes_moved(*args) == 1024 + 128 + 2 * 512  # R, the weight, RW
     assert eager_bytes(*args) == 1024 + 128 + 8 * 512  # R, the weight, W, RW, RRW, RW
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         torch.ops.fusedres.conv_bn_act(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("conv_bn_act", 2176)]

@@ -23,7 +23,7 @@ from cases import (
     sliced,
     values_per_channel,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.conv_stats import bytes_moved
 from harness import (
     Unchanged,
@@ -229,6 +229,6 @@ def test_bytes_moved():
     args = x, *no_bn, weight, None, [1, 1], [0, 0], [1, 1], 1, True
     assert bytes_moved(*args) == 1024 + 128 + 512
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         torch.ops.fusedres.conv_stats(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("conv_stats", 1664), ("bn_stats", 512)]

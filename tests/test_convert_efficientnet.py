@@ -13,7 +13,7 @@ from torch import nn
 
 import fusedres
 import zoo
-from fusedres import dispatch
+from fusedres import observers
 
 SE = partial(blocks.SqueezeExcite, rd_ratio=0.25)
 BLOCKS = {
@@ -47,7 +47,7 @@ def test_a_block_is_the_same_fused(name):
 def test_norms_are_folded_in_inference(name, ops):
     """The activation and the addition are the convolutions' too."""
     fused, events = fusedres.fuse(BLOCKS[name]()).eval(), []
-    with torch.no_grad(), dispatch.observe(events.append):
+    with torch.no_grad(), observers.observe(events.append):
         fused(X)
     assert [e.op for e in events] == ops
     assert {e.backend for e in events} <= {"onednn", "native"}

@@ -19,6 +19,7 @@ from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 import fusedres
 import zoo
+from fusedres import observers
 
 SMALL = dict(embedding_size=16, hidden_sizes=[32, 48], depths=[2, 2])
 
@@ -62,11 +63,10 @@ def test_everything_is_fused(name):
 
 
 def test_a_layer_is_one_chain():
-    from fusedres import dispatch
 
     events = []
     fused = fusedres.fuse(resnet()).eval()
-    with torch.no_grad(), dispatch.observe(events.append):
+    with torch.no_grad(), observers.observe(events.append):
         fused(zoo.images())
     convolutions = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
     assert [e.op for e in events].count("conv_bn_act") == len(convolutions)

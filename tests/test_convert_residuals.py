@@ -12,7 +12,7 @@ from torchvision.models import densenet as peer
 import fusedres
 import zoo
 from cases import randn
-from fusedres import dispatch
+from fusedres import observers
 
 
 def test_torchvisions_densenet():
@@ -37,7 +37,7 @@ def test_a_dense_layer_with_a_forward_of_its_own_keeps_it():
     wanted = copy.deepcopy(model)(x)
     fused = fusedres.fuse(model)
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         torch.testing.assert_close(fused(x), wanted)
     assert events[0].reason == "Doubled has a forward of its own"
 
@@ -62,7 +62,7 @@ def test_unfused_modules_run_without_ops(name, training):
     for module in (model, plain, fusedres.fuse(plain)):
         events.clear()
         torch.manual_seed(3)
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             ys.append(module(x))
         assert bool([e for e in events if e.backend != "unfused"]) == (module is not plain)
     torch.testing.assert_close(ys[0], ys[1])

@@ -14,7 +14,7 @@ from torch import nn
 
 import fusedres
 import zoo
-from fusedres import dispatch
+from fusedres import observers
 
 
 def narrow(variant: str, depth=(2, 1, 1, 1), **options) -> nn.Module:
@@ -49,7 +49,7 @@ def test_everything_is_fused_and_sums_bring_their_statistics():
     fused, events = fusedres.fuse(NETWORKS["bottlenecks"]()), []
     for mode in (True, False):
         assert zoo.unfused_reasons(fused.train(mode), zoo.images()) == set()
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         fused.train()(zoo.images())
     inner = 5 * 2  # norms inside of the blocks, whose statistics are the convolutions'
     assert [e.op for e in events].count("bn_stats") == 1 + inner

@@ -13,6 +13,7 @@ from torch import nn
 
 import fusedres
 import zoo
+from fusedres import observers
 
 
 def conv_bn_relu(inputs: int, outputs: int, **options) -> list[nn.Module]:
@@ -240,13 +241,12 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_own_block_unfuses_to_plain_pytorch(name):
-    from fusedres import dispatch
 
     block, events = BLOCKS[name](), []
     plain = fusedres.unfuse(block)
     zoo.assert_same_state(plain, block)
     x = zoo.images(2, 6, channels=8).double()
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         ref = zoo.train_step(plain.double(), x)
     assert not events and "Unfused" in repr(plain)
     torch.testing.assert_close(zoo.train_step(copy.deepcopy(block).double(), x), ref)

@@ -12,7 +12,7 @@ from torch import nn
 import fusedres
 import zoo
 from cases import randn
-from fusedres import dispatch
+from fusedres import observers
 from modules import randomise
 from test_transformer import VARIANTS, D, L, N, compare
 
@@ -32,7 +32,7 @@ def shape_of(module: nn.Module) -> tuple[int, ...]:
 
 def ops_run(module: nn.Module, *args, **kwargs) -> set[tuple[str, str, str | None]]:
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         module(*args, **kwargs)
     return {(e.op, e.backend, e.reason) for e in events}
 

@@ -17,7 +17,7 @@ import test_cuda_conv as native_conv
 from accuracy import assert_as_accurate_as_eager
 from cases import Conv
 from cuda_glue import ops
-from fusedres import dispatch, native, triton_kernels
+from fusedres import dispatch, native, observers, triton_kernels
 from fusedres.ops import conv_bn_act, conv_stats, execution
 from harness import assert_same_bits, assert_same_format, double
 
@@ -130,7 +130,7 @@ def run_natively(case: Conv, *, op="conv_bn_act", dtype=BF16):
         own, composed, traffic = conv_stats.OWN, conv_stats._composed, conv_stats.op.traffic
     kernel = getattr(torch.ops.fusedres_native, op)
     spec = execution.Spec(op, traffic, composed, traffic, None, own, kernel)
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         result = execution.natively(spec, getattr(torch.ops.fusedres, op), *args)
     return result, events, args
 
@@ -224,7 +224,7 @@ def on_gpu(glue, tmp_path, monkeypatch):
 
 def infer(case: Conv, dtype=torch.float16):
     t, events = inference.tensors_of(case, dtype), []
-    with fusedres.backend("triton"), dispatch.observe(events.append):
+    with fusedres.backend("triton"), observers.observe(events.append):
         y = inference.run_fused(case, "relu", **t)
     ref, eager = (inference.run_plain(case, "relu", **v) for v in (double(t), t))
     assert_as_accurate_as_eager(y, ref, eager)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import dispatch, elf, native, triton_kernels
+from fusedres import dispatch, elf, native, observers, triton_kernels
 from fusedres.ops import define, execution
 from fusedres.report import doctor
 
@@ -139,18 +139,18 @@ def test_an_op_tells_how_many_kernels_it_launched(machine, monkeypatch):
     launches = iter((40, 43))
     monkeypatch.setattr(native, "cuda_launches", lambda: next(launches))
     heard = []
-    event = dispatch.Event("bn_act", "native", bytes_moved=7)
-    with dispatch.observe(heard.append):
+    event = observers.Event("bn_act", "native", bytes_moved=7)
+    with observers.observe(heard.append):
         assert execution.launched(event, lambda x: [x], None, "bn_act", on(), 5) == [5]
-    assert heard == [dispatch.Event("bn_act", "native", launches=3, bytes_moved=7)]
+    assert heard == [observers.Event("bn_act", "native", launches=3, bytes_moved=7)]
 
 
 def test_of_a_refused_launch_only_the_next_backend_tells(machine, monkeypatch):
     machine()
     monkeypatch.setattr(native, "cuda_launches", lambda: 0)
     heard = []
-    with dispatch.observe(heard.append), pytest.warns(RuntimeWarning, match="no longer runs"):
-        event = dispatch.Event("bn_act", "native")
+    with observers.observe(heard.append), pytest.warns(RuntimeWarning, match="no longer runs"):
+        event = observers.Event("bn_act", "native")
         assert execution.launched(event, refusing, lambda *args: args, "bn_act", on(), 5) == (5,)
     assert heard == []
 

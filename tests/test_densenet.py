@@ -12,7 +12,7 @@ from torchvision.models import densenet as peer
 
 import fusedres
 from cases import arrange, backends, layouts, randn
-from fusedres import dispatch
+from fusedres import observers
 from harness import Unchanged, assert_same_bits
 from modules import assert_as_accurate, check_module, compare, parameter_gradients, results, twins
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_fused_runs_layer_by_layer(what):
         torch.manual_seed(2)
         return results(module, x)
 
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         compare(run, *pair, x)
     unfused = [e for e in events if e.op == "dense_block" and e.backend == "unfused"]
     assert bool(unfused) == (what != "frozen")

@@ -13,14 +13,14 @@ import torch
 
 import fusedres
 from cases import randn
-from fusedres import dispatch
+from fusedres import dispatch, observers
 from fusedres.functional import batch_norm_act
 from modules import block_pair
 
 
 def backend_of_a_call() -> str:
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         batch_norm_act(randn((2, 3, 4, 4)), None, None, training=True)
     assert [e.op for e in events] == ["bn_act"]
     return events[0].backend
@@ -97,12 +97,47 @@ def test_a_context_is_one_threads_own():
     assert found == ["native"]
 
 
+def test_threads_may_share_a_decorated_function():
+    both_inside = threading.Barrier(2)
+
+    @fusedres.backend("reference")
+    def decorated(leaves_first: threading.Event, waits: bool) -> str:
+        both_inside.wait()
+        if waits:
+            leaves_first.wait()
+        return backend_of_a_call()
+
+    found, left = [], threading.Event()
+
+    def other() -> None:
+        found.append(decorated(left, waits=True))
+        found.append(backend_of_a_call())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    found.append(decorated(left, waits=False))
+    left.set()
+    thread.join()
+    found.append(backend_of_a_call())
+    assert found == ["reference", "reference", "native", "native"]
+
+
+def test_contexts_made_in_turn_by_threads_leave_no_default():
+    """Until it is entered a choice is the process's; two of them end in either order."""
+    first, second = fusedres.backend("reference"), fusedres.backend("native")
+    with first:
+        pass
+    with second:
+        pass
+    assert dispatch.forced_backend() is None
+
+
 def test_the_backward_takes_the_backend_of_its_context():
     x = randn((2, 3, 4, 4)).requires_grad_()
     for name in ("native", "reference"):
         events = []
         y = batch_norm_act(x, None, None, training=True)
-        with fusedres.backend(name), dispatch.observe(events.append):
+        with fusedres.backend(name), observers.observe(events.append):
             y.sum().backward()
         assert [e.op for e in events] == ["bn_act_backward"] * (name == "native")
 
@@ -136,8 +171,8 @@ def test_observers_hear_every_op_of_their_own_context():
     block, _ = block_pair("SEBottleneck")
     outer, inner = [], []
     x = randn((2, 16, 6, 6))
-    with dispatch.observe(outer.append):
-        with dispatch.observe(inner.append):
+    with observers.observe(outer.append):
+        with observers.observe(inner.append):
             block(x)
         heard = len(outer)
         block.eval()(x)
@@ -146,13 +181,13 @@ def test_observers_hear_every_op_of_their_own_context():
     assert all(
         e.bytes_moved > 0 and e.eager_bytes >= e.bytes_moved for e in inner if e.op == "bn_se_act"
     )
-    assert not dispatch.observed()
+    assert not observers.observed()
 
 
 def test_inference_of_a_block_is_one_call_a_convolution():
     block, _ = block_pair("BasicBlock", stride=2)
     events = []
-    with torch.no_grad(), dispatch.observe(events.append):
+    with torch.no_grad(), observers.observe(events.append):
         block.eval()(randn((2, 16, 6, 6)))
     assert [(e.op, e.backend) for e in events] == [("conv_bn_act", "onednn")] * 3
 

@@ -14,7 +14,7 @@ import fusedres
 import zoo
 from accuracy import assert_as_accurate_as_eager
 from cases import backends, layouts, randn
-from fusedres import dispatch
+from fusedres import observers
 from fusedres.convert.forwards import residual_block
 from harness import Unchanged
 from modules import PLAIN_BLOCKS, block_pair, check_module, projection, randomise, results, twins
@@ -155,7 +155,7 @@ def test_batch_mode_skips_the_work_of_a_dropped_block():
             block.train()
         events, before = [], int(fused.block.bn1.num_batches_tracked)
         torch.manual_seed(seed)
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             y = fused.block(x)
         torch.manual_seed(seed)
         ran = bool(torch.empty(1).bernoulli_(0.5))
@@ -177,7 +177,7 @@ def test_no_pass_of_its_own(layout):
     for name in ("BasicBlock", "Bottleneck"):
         fused, _ = pair(name, 0.5)
         events = []
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             y = fused(randn(X, layout=layout))
             forward = [e.op for e in events]
             y.sum().backward()
@@ -192,13 +192,13 @@ def test_no_pass_of_its_own(layout):
 def test_a_projection_is_applied_by_the_addition():
     fused, _ = block_pair("BasicBlock", stride=2)
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         fused(randn(X))
     assert [e.op for e in events if e.op not in ("conv_stats", "bn_stats")] == [
         "bn_act", "residual_add",
     ]  # fmt: skip
     events.clear()
-    with dispatch.observe(events.append), torch.no_grad():
+    with observers.observe(events.append), torch.no_grad():
         fused.eval()(randn(X))
     assert {e.op for e in events} == {"conv_bn_act"}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 import fusedres
-from fusedres import dispatch
+from fusedres import observers
 from fusedres.convert import fuse
 from fusedres.report import explain
 
@@ -192,7 +192,7 @@ def test_explain_does_not_change_what_runs():
     x = images()
     for mode in (True, False):
         heard = []
-        with dispatch.observe(heard.append):
+        with observers.observe(heard.append):
             model.train(mode)(x)
         expected = [(e.op, e.backend) for e in heard]
         rows = [(r.op, r.backend) for r in explain(model, x).rows if r.backend != "torch"]
@@ -244,7 +244,7 @@ def test_everything_is_left_as_it_was(fails):
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
-    assert _global_hooks() == hooks and not dispatch.observed()
+    assert _global_hooks() == hooks and not observers.observed()
 
 
 def _global_hooks() -> tuple[int, int]:

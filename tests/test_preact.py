@@ -15,7 +15,7 @@ from torch import nn
 import fusedres
 import zoo
 from cases import backends, layouts, randn
-from fusedres import dispatch
+from fusedres import observers
 from fusedres.blocks.preact_sum import Sum
 from harness import Unchanged, assert_same_bits
 from modules import check_module, randomise, twins
@@ -77,7 +77,7 @@ def test_other_norms_run_as_they_are(norm):
     fused = fusedres.PreActBasicBlock(32, 32, norm_layer=norm)
     plain = fusedres.unfuse(fused)
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         check_module(fused, plain, randn(X))
     assert any(e.backend == "unfused" for e in events)
 
@@ -131,7 +131,7 @@ def test_statistics_ride_on_the_sum(layout):
     model = fusedres.models.PreActResNet(fusedres.PreActBottleneck, [2, 1, 1, 1], num_classes=3)
     x = randn((4, 3, 40, 40), layout=layout)
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         model(x)
     ops = [e.op for e in events]
     assert not any(e.reason for e in events)
@@ -142,7 +142,7 @@ def test_statistics_ride_on_the_sum(layout):
     # where the shortcut needs the tensor too (4) or not (1); the last norm
     assert ops.count("bn_act") == 2 * 5 + 4 + 1 + 1
     events.clear()
-    with torch.no_grad(), dispatch.observe(events.append):
+    with torch.no_grad(), observers.observe(events.append):
         model.eval()(x)
     assert {e.op for e in events} == {"bn_act", "conv_bn_act"}
     assert not any(e.backend == "unfused" for e in events)

@@ -20,7 +20,7 @@ from cases import (
     sliced,
     values_per_channel,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops import residual_add
 from fusedres.ops.residual_add import backward_bytes_moved, bytes_moved
 from harness import (
@@ -286,7 +286,7 @@ def test_bytes_moved():
     args = x, p, p, p, p, x, p, p, p, p, None, True, True, EPS, EPS, "relu", True, True
     assert bytes_moved(*args) == 3 * 1024 + 32  # RR + W, one bit an element
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, mask, *_ = torch.ops.fusedres.residual_add(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("residual_add", 3 * 1024 + 32)]
     assert events[0].eager_bytes == 10 * 1024  # RW + RW + RRW + RW + R

@@ -7,7 +7,7 @@ import torch
 
 import fusedres
 from cases import SHAPES, arrange, backends, executions, layouts, misaligned, randn, sliced
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.residual_mix import backward_bytes_moved, bytes_moved
 from harness import (
     Unchanged,
@@ -225,7 +225,7 @@ def test_bytes_moved():
     args = x, x, None, None, 0.5, 1.0, "relu", True
     assert bytes_moved(*args) == 3 * 1024 + 32  # RR + W, one bit an element
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, mask = torch.ops.fusedres.residual_mix(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("residual_mix", 3 * 1024 + 32)]
     assert events[0].eager_bytes == 7 * 1024  # RW + RRW + RW

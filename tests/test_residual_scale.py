@@ -10,7 +10,7 @@ from torch import nn
 
 import fusedres
 from cases import backends, layouts, randn
-from fusedres import dispatch
+from fusedres import observers
 from harness import Unchanged
 from modules import check_module, randomise
 
@@ -110,7 +110,7 @@ def test_blocks(name, project, form):
 
 def ops_of(block, x, **kwargs):
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         block(x, **kwargs)
     return [e.op for e in events]
 

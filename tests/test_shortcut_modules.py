@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fusedres
 from cases import randn
-from fusedres import dispatch
+from fusedres import observers
 from modules import check_module, randomise
 
 X = (4, 16, 7, 7)
@@ -73,8 +73,8 @@ def block_of(name: str, drop_path=0.0, residual_scale=None) -> nn.Module:
 
 
 def reasons_of(block: nn.Module, x: Tensor) -> list[str]:
-    events: list[dispatch.Event] = []
-    with dispatch.observe(events.append):
+    events: list[observers.Event] = []
+    with observers.observe(events.append):
         block(x)
     return [e.reason for e in events if e.op == "shortcut"]
 
@@ -114,3 +114,14 @@ def test_a_hook_that_is_removed_costs_nothing_any_more(name):
     block, x = block_of(name, fusedres.DropPath(0.5)), randn(X)
     block.drop_path.register_forward_hook(lambda module, args, y: None).remove()
     assert not reasons_of(block, x)
+
+
+@blocks
+def test_in_batch_mode_the_drop_comes_before_the_branch_hooks_or_not(name):
+    block = block_of(name, fusedres.DropPath(1.0, "batch"), fusedres.ResidualScale(16))
+    called = []
+    for module in (block.drop_path, block.residual_scale):
+        module.register_forward_hook(lambda module, args, y: called.append(module))
+    x = randn(X).relu()
+    for b in (block, fusedres.unfuse(block)):
+        assert torch.equal(b(x), x) and not called

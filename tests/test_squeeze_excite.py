@@ -18,7 +18,7 @@ from cases import (
     randn,
     sliced,
 )  # fmt: skip
-from fusedres import dispatch, reference
+from fusedres import observers, reference
 from fusedres.ops.squeeze_excite import backward_bytes_moved, bytes_moved
 from harness import (
     Unchanged,
@@ -236,7 +236,7 @@ def test_bytes_moved():
     mlp = 2 * 64 + 3 * 2 * 8 * 4  # both matrices; squeezed, hidden's bound and logits
     assert bytes_moved(*args) == 4 * 1024 + mlp + 32  # R (squeeze) + RR + W, a bit an element
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         _, *saved = torch.ops.fusedres.squeeze_excite(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("squeeze_excite", 4 * 1024 + mlp + 32)]
     assert events[0].eager_bytes == 8 * 1024 + mlp

@@ -14,7 +14,7 @@ from torchvision.ops import stochastic_depth
 import fusedres
 from accuracy import assert_as_accurate_as_eager
 from cases import randn
-from fusedres import dispatch
+from fusedres import observers
 from harness import Unchanged
 from modules import randomise
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_fused_runs_as_pytorchs(what):
         fused.norm1.register_forward_hook(lambda *_: calls.append(1))
     if what == "norm":
         fused.norm1, plain.norm1 = nn.RMSNorm(D), nn.RMSNorm(D)
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         compare(fused, plain, randn((L, N, D)))
     assert {e.backend for e in events if e.op == "add_norm"} >= {"unfused"}
     assert len(calls) == (what == "hook")

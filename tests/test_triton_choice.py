@@ -11,7 +11,7 @@ import fusedres
 import test_conv_bn_act as inference
 import test_conv_stats as training
 from cases import Conv
-from fusedres import dispatch, triton_kernels
+from fusedres import dispatch, observers, triton_kernels
 from harness import Unchanged
 from triton_cases import triton_on
 
@@ -80,7 +80,7 @@ def told(fn, ran: list[str], by: str):
 def infer(case: Conv, act: str = "relu"):
     """Run the op; its events."""
     events = []
-    with triton_on("cpu"), dispatch.observe(events.append):
+    with triton_on("cpu"), observers.observe(events.append):
         inference.check_against_reference(inference.tensors_of(case, torch.float32), case, act)
     assert events[: len(events) // 2] == events[len(events) // 2 :]  # it ran twice
     return events[: len(events) // 2]
@@ -89,7 +89,7 @@ def infer(case: Conv, act: str = "relu"):
 def train(case: Conv):
     t = training.tensors_of(case, torch.float32)
     events = []
-    with triton_on("cpu"), dispatch.observe(events.append), torch.no_grad():
+    with triton_on("cpu"), observers.observe(events.append), torch.no_grad():
         training.fused(case)(**t)
     return events
 
@@ -155,7 +155,12 @@ def test_measuring_replays_on_nothing_of_the_users(on_gpu, monkeypatch):
     ran = on_gpu(triton=1.0, aten=2.0)
     t = training.tensors_of(POINTWISE, torch.float32)
     events = []
-    with Unchanged(*t.values()), triton_on("cpu"), dispatch.observe(events.append), torch.no_grad():
+    with (
+        Unchanged(*t.values()),
+        triton_on("cpu"),
+        observers.observe(events.append),
+        torch.no_grad(),
+    ):
         with triton_kernels.counted() as launched:
             training.fused(POINTWISE)(**t)
     assert ran == ["triton", "aten", "triton"]  # measured, measured, run
@@ -219,7 +224,7 @@ def test_an_op_that_does_not_fit_runs_on_the_reference(monkeypatch):
     x, events = torch.randn(2, 3, 4, 4), []
     args = x, None, None, None, None, None, True, 1e-5, "relu", False
     with pytest.warns(RuntimeWarning, match="runs plain PyTorch: triton: bn_act: no") as caught:
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             y, again = (torch.ops.fusedres.bn_act(*args)[0] for _ in "ab")
     assert len(caught) == 1 and torch.equal(y, again)
     assert torch.equal(y, fusedres.reference.bn_act(*args[:9])[0])

@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 from cases import randn
-from fusedres import dispatch, native, triton_kernels
+from fusedres import dispatch, native, observers, triton_kernels
 from fusedres.functional import batch_norm_act
 from fusedres.report import doctor
 from modules import block_pair, compare, parameter_gradients
@@ -135,7 +135,7 @@ def test_doctor_says_where_measured_choices_are_kept(monkeypatch, tmp_path):
 
 def test_auto_never_interprets():
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         batch_norm_act(randn((2, 3, 4, 4)), None, None, training=True)
     assert [e.backend for e in events] == ["native"]
     assert fusedres.backends()["triton"] is not None or torch.cuda.is_available()
@@ -145,7 +145,7 @@ def test_auto_never_interprets():
 def test_asked_for_by_name_it_interprets_and_says_so():
     events = []
     x = randn((2, 3, 4, 4)).requires_grad_()
-    with triton_on("cpu"), dispatch.observe(events.append):
+    with triton_on("cpu"), observers.observe(events.append):
         batch_norm_act(x, None, None, training=True).sum().backward()
     found = [(e.op, e.backend, e.launches, e.reason) for e in events]
     assert found == [("bn_act", "triton", 3, None), ("bn_act_backward", "triton", 3, None)]
@@ -193,7 +193,7 @@ def test_launches_of_a_block_in_training(name, layout):
     x = randn((2, 16, 4, 4), layout=layout).requires_grad_()
     events = []
     with triton_on("cpu"), triton_kernels.counted() as launched:
-        with dispatch.observe(events.append):
+        with observers.observe(events.append):
             y = block(x)
         in_forward = len(launched)
         y.sum().backward()
@@ -221,7 +221,7 @@ def test_a_bottleneck_in_inference_is_a_launch_a_convolution():
     """The 3x3 is PyTorch's, and its norm a launch; on a GPU cuDNN fuses that."""
     block, _ = block_pair("Bottleneck")
     x, events = randn((2, 16, 4, 4), layout="NHWC"), []
-    with triton_on("cpu"), torch.no_grad(), dispatch.observe(events.append):
+    with triton_on("cpu"), torch.no_grad(), observers.observe(events.append):
         block.eval()(x)
     found = sorted((e.op, e.backend, e.launches) for e in events)
     one = "conv_bn_act", "triton", 1

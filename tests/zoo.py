@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fusedres
 from accuracy import assert_as_accurate_as_eager
+from fusedres import observers
 
 
 def images(n: int = 2, size: int = 64, channels: int = 3, seed: int = 0) -> Tensor:
@@ -90,9 +91,8 @@ def swapped(model: nn.Module) -> list[str]:
 
 def unfused_reasons(model: nn.Module, x: Tensor) -> set[str]:
     """Why parts of a forward ran as plain modules."""
-    from fusedres import dispatch
 
     events = []
-    with dispatch.observe(events.append):
+    with observers.observe(events.append):
         output(model, x)
     return {e.reason for e in events if e.backend == "unfused"}

@@ -16,8 +16,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .. import dispatch, reference
 from .. import functional as F
+from .. import observers, reference
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
 from .node import as_one_node, branch_of
@@ -213,7 +213,7 @@ def _last(
 
 
 def _unfused(state: State, conv: nn.Module, norm: nn.Module, reason: str) -> Tensor:
-    dispatch.notify(dispatch.Event("conv, norm", "unfused", reason, launches=2))
+    observers.notify(observers.Event("conv, norm", "unfused", reason, launches=2))
     return norm(conv(materialise(state) if isinstance(state, Pending) else state))
 
 
@@ -229,7 +229,7 @@ def _finish(
     fits = not isinstance(mlp, str) and (residual is None or residual.shape == branch.shape)
     if not fits:
         if isinstance(mlp, str):
-            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
+            observers.notify(observers.Event("squeeze_excite", "unfused", mlp))
         return add_act(se(branch), residual, act, scale)
     name = act_of(act)
     residual = None if residual is None else residual.to(branch.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from .. import checks, dispatch, observers
 from ..layout import dense
 from ..ops import bn_act, conv_stats
 from ..ops.convolution import Geometry
@@ -52,7 +52,7 @@ def pre_norm_conv(x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Conv2d) -
     """``conv(act(norm(x)))``, of which only x is kept for the backward."""
     half = "tracing" if symbolic(x) else _half_of(x, None, norm, act, conv)
     if isinstance(half, str):
-        dispatch.notify(dispatch.Event("norm, conv", "unfused", half, launches=3))
+        observers.notify(observers.Event("norm, conv", "unfused", half, launches=3))
         return conv(act(norm(x)))
     found, geometry = half
     x, weight, bias = operands(x, conv)
@@ -129,7 +129,7 @@ def run_dense_block(x: Tensor, layers: list[nn.Module]) -> Tensor:
     """``torch.cat`` of x and what every layer makes of all before it."""
     found = _halves_of(x, layers)
     if isinstance(found, str):
-        dispatch.notify(dispatch.Event("dense_block", "unfused", found, launches=len(layers)))
+        observers.notify(observers.Event("dense_block", "unfused", found, launches=len(layers)))
         features = [x]
         for layer in layers:
             features.append(layer(features))

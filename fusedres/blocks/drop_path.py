@@ -19,8 +19,8 @@ class DropPath(nn.Module):
     By itself it is torchvision's StochasticDepth and timm's DropPath, with their random numbers. In
     a block (``drop_path=``) it is no pass of its own: s is a factor in the pass that adds the
     shortcut, and in mode "batch" a dropped branch is not run at all (its norms do not count the
-    batch, its parameters get no gradient). Hooks and subclasses with a forward of their own are
-    called, on the result of a branch that has run.
+    batch, its parameters get no gradient). A subclass with a forward of its own is called on the
+    branch's result, and so are hooks, but for mode "batch".
 
     Args:
         p: probability of dropping.
@@ -134,19 +134,24 @@ def drop_plan(block: nn.Module, x: Tensor) -> tuple[bool, Scale | None]:
     return (True, None) if block.drop_path is None else block.drop_path.plan(x)
 
 
-def must_call(module: nn.Module | None, known: type) -> str | None:
-    """A reason to call ``module``, not to leave what it does to a pass of its block's tail."""
+def must_call_drop_path(block: nn.Module) -> str | None:
+    """A reason to call the block's drop path, not to leave its factors to a pass of the tail."""
+    module = block.drop_path
     if not isinstance(module, nn.Module):  # none, or what a converter read from a peer's
         return None
-    if type(module).forward is not known.forward:
+    if type(module).forward is not DropPath.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    return hooked(module) if module.mode == "row" else None  # "batch" is drawn before the branch
+
+
+def must_call_scale(block: nn.Module) -> str | None:
+    """A reason to call the block's residual scale, not to leave it to a pass of the tail."""
+    module = block.residual_scale
+    if module is None:
+        return None
+    if type(module).forward is not ResidualScale.forward:
         return f"{type(module).__name__} has a forward of its own"
     return hooked(module)
-
-
-def must_call_either(block: nn.Module) -> str | None:
-    """A reason to call the block's drop path and its scale."""
-    drops = must_call(block.drop_path, DropPath)
-    return drops or must_call(block.residual_scale, ResidualScale)
 
 
 def linear_decay(rate: float, blocks: int) -> list[float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import checks, dispatch, reference
+from .. import checks, observers, reference
 from .. import functional as F
 from ..running_stats import recomputing
 from .chain import add_act, chain
@@ -172,7 +172,7 @@ class SqueezeExcite(nn.Module):
         if not isinstance(parts, str) and x.dim() != 4:
             parts = f"the input has {x.dim()} dimensions, not 4"
         if isinstance(parts, str):
-            dispatch.notify(dispatch.Event("squeeze_excite", "unfused", parts))
+            observers.notify(observers.Event("squeeze_excite", "unfused", parts))
             return add_act(self._modules_only(x), residual, post_act)
         return squeeze_excite(x, parts, residual, post_act or "identity")
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import observers
 from .chain import step
-from .drop_path import DropPath, drop_plan, must_call_either, set_shortcut
-from .preact_sum import Sum, add_by_modules, add_convolution, norm_relu
+from .drop_path import DropPath, drop_plan, must_call_drop_path, must_call_scale, set_shortcut
+from .preact_sum import Sum, add_by_module, add_convolution, norm_relu
 from .recognise import NormPart, hooked, symbolic
 from .residual_scale import ResidualScale
 from .resnet import conv1x1, conv3x3
@@ -159,10 +159,9 @@ def run_block(
         block: has norm1, relu, downsample, drop_path, dropout, residual and residual_scale.
     """
     batches: list[Batch] = []
-    by_modules = must_call_either(block)
-    if by_modules is not None:
-        dispatch.notify(dispatch.Event("shortcut", "unfused", by_modules))
-    runs, scale = (True, None) if by_modules else drop_plan(block, state.value)
+    calls_drop = must_call_drop_path(block)
+    calls = calls_drop or must_call_scale(block)
+    runs, scale = (True, None) if calls_drop else drop_plan(block, state.value)
     if not runs and block.downsample is None:
         return state
     x: State = norm_relu(state, block.norm1, block.relu, batches)
@@ -177,11 +176,13 @@ def run_block(
         drop = block.dropout
         if drop is not None and (drop.training or hooked(drop) is not None):
             x = drop(materialise(x))
-        if by_modules:
-            branch = add_convolution(x, last, None, None, False).value
-            y = add_by_modules(branch, residual, block.drop_path, block.residual_scale)
-        else:
+        if calls is None:
             y = add_convolution(x, last, residual, scale, stats, block.residual_scale)
+        else:
+            observers.notify(observers.Event("shortcut", "unfused", calls))
+            branch = add_convolution(x, last, None, scale, False).value
+            branch = block.drop_path(branch) if calls_drop else branch
+            y = add_by_module(branch, residual, block.residual_scale)
     else:
         y = Sum(residual)
     track_all(batches)  # last: an error above leaves the running statistics as they were

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from .. import checks, dispatch, observers
 from ..layout import conv_memory_format, dense
 from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
@@ -39,7 +39,7 @@ def norm_relu(
         found = _norm_misfit(x, found.weight, found.running_mean) or found
     if isinstance(found, str) or name is None:
         reason = found if isinstance(found, str) else f"{type(act).__name__} has no fused form"
-        dispatch.notify(dispatch.Event("norm", "unfused", reason))
+        observers.notify(observers.Event("norm", "unfused", reason))
         return activate(norm(x), act)
     x = dense(x)
     if not found.batch_stats:
@@ -74,7 +74,7 @@ def add_convolution(
     if not isinstance(geometry, str):
         geometry = misfit(conv, value(state)) or geometry
     if isinstance(geometry, str):
-        dispatch.notify(dispatch.Event("conv", "unfused", geometry))
+        observers.notify(observers.Event("conv", "unfused", geometry))
         return _added(conv(materialise(state)), residual, scale, scaling)
     x, weight, bias = operands(value(state), conv)
     shape = conv_shape(x.shape, weight, geometry)
@@ -107,11 +107,8 @@ def add_convolution(
     return Sum(y, mean, var) if stats else Sum(y)
 
 
-def add_by_modules(
-    branch: Tensor, residual: Tensor, drop_path: nn.Module | None, scaling: nn.Module | None
-) -> Sum:
-    """The end of a block whose drop path and scale are called as what they are."""
-    branch = branch if drop_path is None else drop_path(branch)
+def add_by_module(branch: Tensor, residual: Tensor, scaling: nn.Module | None) -> Sum:
+    """The end of a block whose drop path has been called, or whose scale must be."""
     return _added(branch, residual, None) if scaling is None else Sum(scaling(branch, residual))
 
 

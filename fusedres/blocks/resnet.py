@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import observers
 from .chain import Shortcut, Triple, activate_copy, add_act, chain
-from .drop_path import DropPath, drop_plan, must_call_either, set_shortcut
+from .drop_path import DropPath, drop_plan, must_call_drop_path, must_call_scale, set_shortcut
 from .layers import SqueezeExcite
 from .residual_scale import ResidualScale
 
@@ -44,24 +45,24 @@ class _Block(nn.Module):
         if not self.residual:
             return chain(x, *triples, se=se)
         projected = Shortcut.of(x, self.downsample)
-        inner, (conv, norm, _) = triples[:-1], triples[-1]
-        if (reason := must_call_either(self)) is not None:
-            dispatch.notify(dispatch.Event("shortcut", "unfused", reason))
-            branch = chain(x, *inner, (conv, norm, None), se=se)
-            branch = branch if self.drop_path is None else self.drop_path(branch)
-            if scaling is None:
-                return add_act(branch, projected.settled(), self.relu)
-            return activate_copy(scaling(branch, projected.settled()), self.relu)
-        runs, scale = drop_plan(self, x)
+        calls_drop = must_call_drop_path(self)
+        runs, scale = (True, None) if calls_drop else drop_plan(self, x)
         if not runs:
             return activate_copy(projected.settled(), self.relu)
+        branch = partial(chain, x, *triples[:-1], (*triples[-1][:2], None), se=se)
+        if (reason := calls_drop or must_call_scale(self)) is not None:
+            observers.notify(observers.Event("shortcut", "unfused", reason))
+            y = self.drop_path(branch()) if calls_drop else branch(scale=scale)
+            if scaling is None:
+                return add_act(y, projected.settled(), self.relu)
+            return activate_copy(scaling(y, projected.settled()), self.relu)
         if scaling is None:
             return chain(x, *triples, se=se, residual=projected, scale=scale)
         if se is None and scaling.shortcut == 1:
             gain = scaling.weight
             return chain(x, *triples, residual=projected, scale=scale, gain=gain)
-        branch = chain(x, *inner, (conv, norm, None), se=se)
-        y = scaling(branch, projected.settled(), None if scale is None else scale(branch))
+        y = branch()
+        y = scaling(y, projected.settled(), None if scale is None else scale(y))
         return activate_copy(y, self.relu)
 
     def zero_init_last(self) -> None:

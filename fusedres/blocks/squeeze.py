@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
 from .. import functional as F
+from .. import observers, reference
 from ..ops.define import numel_bytes
 from .recognise import SE
 
@@ -34,7 +34,7 @@ def channel_gate(x: Tensor, se: SE) -> Tensor:
     acc = reference.acc_dtype(x.dtype)
     passes = 1 + (se.pool == "mean_max")
     bytes_read = passes * numel_bytes(x)
-    dispatch.notify(dispatch.Event("squeeze", "torch", None, passes, bytes_read, bytes_read))
+    observers.notify(observers.Event("squeeze", "torch", None, passes, bytes_read, bytes_read))
     with torch.autocast(x.device.type, enabled=False):
         squeezed = x.mean((2, 3), dtype=acc)
         if se.pool == "mean_max":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from .. import checks, dispatch, observers
 from ..layout import conv_memory_format, dense
 from ..ops import conv_stats
 from ..ops.bn_act import saves_mask
@@ -45,7 +45,7 @@ def tail(
     """The last unit with squeeze-excite, residual and activation; None where they do not fit."""
     mlp = None if se is None else se_of(se)
     if isinstance(mlp, str):
-        dispatch.notify(dispatch.Event("squeeze_excite", "unfused", mlp))
+        observers.notify(observers.Event("squeeze_excite", "unfused", mlp))
         return None
     if mlp is not None and not mlp.has_op:  # the gate needs the norm's result
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from .. import checks, observers
 from .. import functional as F
 from .recognise import hooked, symbolic
 
@@ -160,7 +160,7 @@ def encoder_layer(
     """
     reason = _unfused(layer, src)
     if reason is not None:
-        dispatch.notify(dispatch.Event("add_norm", "unfused", reason))
+        observers.notify(observers.Event("add_norm", "unfused", reason))
         return plain(src, src_mask, src_key_padding_mask, is_causal)
     padding = nn.functional._canonical_mask(
         src_key_padding_mask, "src_key_padding_mask", nn.functional._none_or_dtype(src_mask),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import dispatch, observers
 from ..blocks import squeeze
 from ..blocks.chain import Scale, Shortcut, add_act, chain
 from ..blocks.recognise import SE, NormPart, hooked, not_pointwise, se_of
@@ -218,4 +218,4 @@ def _tell_unfused(todo: Iterable[Segment | nn.Module]) -> None:
             name = type(step).__name__
             why = "has no fused form" if act_name(step) is None else "follows no norm"
             reason = hooked(step) or f"{name} {why}"
-            dispatch.notify(dispatch.Event(name, "unfused", reason))
+            observers.notify(observers.Event(name, "unfused", reason))

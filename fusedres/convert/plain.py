@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.chain import Scale
-from ..blocks.drop_path import DropPath, drop_plan, must_call
+from ..blocks.drop_path import drop_plan, must_call_drop_path
 from ..reference import ACTIVATIONS
 from .recipe import Recipe
 
@@ -34,7 +34,7 @@ def bottleneck(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _add_shortcut(block: nn.Module, branch: Callable[[], Tensor], x: Tensor) -> Tensor:
-    by_module = must_call(block.drop_path, DropPath) is not None
+    by_module = must_call_drop_path(block) is not None
     runs, scale = (True, None) if by_module else drop_plan(block, x)
     if not runs:
         return block.relu(x.clone() if block.downsample is None else block.downsample(x))
@@ -61,7 +61,7 @@ def _sum(block: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:
 
 
 def preact_block(self: nn.Module, x: Tensor) -> Tensor:
-    by_module = must_call(self.drop_path, DropPath) is not None
+    by_module = must_call_drop_path(self) is not None
     runs, scale = (True, None) if by_module else drop_plan(self, x)
     if not runs and self.downsample is None:
         return x

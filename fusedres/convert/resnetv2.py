@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import observers
 from ..blocks.chain import Scale
 from ..blocks.preact import run_block
 from ..blocks.preact_sum import Sum, norm_relu
@@ -87,7 +87,7 @@ def _advance(module: nn.Module, state: Sum, stats: bool) -> Sum:
 def _advance_block(block: nn.Module, state: Sum, stats: bool) -> Sum:
     found = _Block.of(block)
     if isinstance(found, str):
-        dispatch.notify(dispatch.Event(type(block).__name__, "unfused", found))
+        observers.notify(observers.Event(type(block).__name__, "unfused", found))
         return Sum(block.original_forward(state.value))
     return run_block(found, state, found.inner, found.last, stats)
 

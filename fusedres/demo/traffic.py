@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import dispatch
+from .. import dispatch, observers
 
 # Batch norm reads its arguments once for the sums and once more to apply them: in training x, and
 # in the backward dy and x.
@@ -27,7 +27,7 @@ class Traffic:
 
 
 class _Counter(TorchDispatchMode):
-    """Hears PyTorch's own operators; the library's report themselves (``dispatch.observe``)."""
+    """Hears PyTorch's own operators; the library's report themselves (``observers.observe``)."""
 
     def __init__(self, batch: int):
         super().__init__()
@@ -57,7 +57,7 @@ class _Counter(TorchDispatchMode):
         self.total.kernels += kernels
         self.total.bytes += moved
 
-    def hear(self, event: dispatch.Event) -> None:
+    def hear(self, event: observers.Event) -> None:
         # What runs as several of PyTorch's operators has been heard one by one.
         native = event.backend == "native" and event.op not in dispatch.COMPOSED
         if native or event.backend == "triton":
@@ -71,7 +71,7 @@ def _bytes(t: Tensor) -> int:
 def traffic_of(call: Callable[[], object], batch: int) -> Traffic:
     """What ``call()`` runs on tensors of ``batch`` images."""
     counter = _Counter(batch)
-    with dispatch.observe(counter.hear), counter:
+    with observers.observe(counter.hear), counter:
         call()
     return counter.total
 

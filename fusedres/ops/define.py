@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import dispatch, triton_kernels
+from .. import dispatch, observers, triton_kernels
 from . import execution
 from .execution import OwnKernel, Spec, Traffic
 
@@ -122,10 +122,10 @@ def define(
         natively = not on_triton and execution.goes_by_plan(spec, choice, x)
         on_cuda = choice.backend == "native" and native is not None and x.device.type == "cuda"
         told = None
-        if dispatch.observed() and traffic is not None and not (on_triton or natively):
+        if observers.observed() and traffic is not None and not (on_triton or natively):
             told = execution.event(name, traffic, describe(*args) if describe else choice, args)
             if not on_cuda:  # nor Triton: they count what they launch
-                dispatch.notify(told)
+                observers.notify(told)
         if on_triton:
             kernel = partial(execution.on_triton, spec, choice)
         elif natively:

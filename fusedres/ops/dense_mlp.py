@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import observers, reference
 from .define import vjp
 
 
@@ -34,7 +34,7 @@ def dense_mlp(x: Tensor, *parameters: Tensor | None, act: str) -> Tensor:
 
 def _notify(x: Tensor, parameters) -> None:
     """Eager concatenates, RW of everything so far, before each layer but the first."""
-    if not dispatch.observed():
+    if not observers.observed():
         return
     weights = parameters[::2]
     read = sum(x.shape[0] * w.shape[1] + w.numel() for w in weights)
@@ -42,8 +42,8 @@ def _notify(x: Tensor, parameters) -> None:
     concatenated = 2 * sum(x.shape[0] * (w.shape[1] + w.shape[0]) for w in weights)
     size = x.element_size()
     moved, reason = (read + written) * size, "products of aten, on one buffer"
-    dispatch.notify(
-        dispatch.Event(
+    observers.notify(
+        observers.Event(
             "dense_mlp", "aten", reason, len(weights), moved, moved + concatenated * size
         )
     )

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .. import dispatch, triton_kernels
+from .. import dispatch, observers, triton_kernels
 from .. import native as library
 
 
@@ -52,7 +52,7 @@ class Spec:
 
 
 def launched(
-    told: dispatch.Event | None, native: Callable, run: Callable, name: str, x: Tensor, *args
+    told: observers.Event | None, native: Callable, run: Callable, name: str, x: Tensor, *args
 ):
     """The library's CUDA kernels; where a launch is refused, ``run`` on the next backend."""
     before = library.cuda_launches() if told else 0
@@ -62,7 +62,7 @@ def launched(
         dispatch.hand_over(name, x, error)
         return run(*args)
     if told:
-        dispatch.notify(replace(told, launches=library.cuda_launches() - before))
+        observers.notify(replace(told, launches=library.cuda_launches() - before))
     return result
 
 
@@ -89,19 +89,19 @@ def natively(op: Spec, run: Callable, *args):
     """A composed op's own CUDA kernel or its composition, and tell the observers which."""
     found = plan(op, dispatch.Choice("native"), args)
     told = None
-    if dispatch.observed():
+    if observers.observed():
         traffic = op.traffic if found.run is None else op.fused_traffic
         told = event(op.name, traffic, dispatch.Choice(found.by, found.why), args)
     if found.run is not None:
         return launched(told, lambda *_: found.run(), run, op.name, args[0], *args)
     if told:
-        dispatch.notify(told)
+        observers.notify(told)
     return op.composed(*args)
 
 
 def on_triton(op: Spec, choice: dispatch.Choice, *args):
     """Run the op by its launcher, or as its plan says, and tell the observers of it."""
-    traffic, observed = op.traffic, dispatch.observed() and op.traffic is not None
+    traffic, observed = op.traffic, observers.observed() and op.traffic is not None
     if op.composed is None:
         kernel = partial(triton_kernels.launcher(op.name), *args)
     else:
@@ -110,14 +110,14 @@ def on_triton(op: Spec, choice: dispatch.Choice, *args):
         traffic = op.traffic if kernel is None else op.fused_traffic
     if kernel is None:  # its parts speak for themselves
         if observed:
-            dispatch.notify(event(op.name, traffic, choice, args))
+            observers.notify(event(op.name, traffic, choice, args))
         return op.composed(*args)
     if not observed:
         return _or_reference(op, kernel, choice, args)[0]
     with triton_kernels.counted() as kernels:
         result, choice = _or_reference(op, kernel, choice, args)
     told = event(op.name, traffic, choice, args)
-    dispatch.notify(replace(told, launches=len(kernels)) if kernels else told)
+    observers.notify(replace(told, launches=len(kernels)) if kernels else told)
     return result
 
 
@@ -133,13 +133,13 @@ def _or_reference(op: Spec, kernel: Callable, choice: dispatch.Choice, args: tup
 
 
 def _unobserved(fn: Callable, *args):
-    with dispatch.unobserved():
+    with observers.unobserved():
         return fn(*args)
 
 
-def event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> dispatch.Event:
+def event(name: str, traffic: Traffic, choice: dispatch.Choice, args: tuple) -> observers.Event:
     """What observers hear of one call."""
-    return dispatch.Event(
+    return observers.Event(
         op=name,
         backend=choice.backend,
         reason=choice.reason,

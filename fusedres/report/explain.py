@@ -1,7 +1,7 @@
 """``explain``: runs a model once and says which parts ran fused, on what, and why others did not.
 
 Modules announce themselves through PyTorch's global module hooks: a hook on a module of the model
-would keep it from being fused. Fused ops announce themselves through ``dispatch.observe``.
+would keep it from being fused. Fused ops announce themselves through ``observers.observe``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import dispatch
+from .. import observers
 from ..blocks import SqueezeExcite
 from ..blocks.recognise import only_listens
 from ..convert.recognise import why_left_alone
@@ -189,7 +189,7 @@ class _Recorder:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(dispatch.observe(self._on_event))
+            stack.enter_context(observers.observe(self._on_event))
             before = hooks.register_module_forward_pre_hook(self._on_enter)
             stack.callback(before.remove)
             after = hooks.register_module_forward_hook(self._on_leave, with_kwargs=True)
@@ -247,7 +247,7 @@ class _Recorder:
             if frame.notice is not None and frame.notice.reason == reason:
                 self.rows = [row for row in self.rows if row is not frame.notice]
 
-    def _on_event(self, event: dispatch.Event) -> None:
+    def _on_event(self, event: observers.Event) -> None:
         frame = self._frames[-1] if self._frames else _Frame(None, "", None)
         row = Row(
             frame.name, event.op, event.backend, event.launches, event.bytes_moved,
