@@ -55,10 +55,11 @@ class Op:
             return self.dispatched(*args)
         if self.meaning is not None and (transformed() or torch.jit.is_tracing()):
             return self.meaning(*args)
-        if self.function is None or not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return self.run(*args)
-        if not any(t.requires_grad for t in tensors):
-            return self.run(*args)
+        if self.function is None:  # statistics: the op that uses them differentiates through them
+            with torch.no_grad():
+                return self.run(*args)
         return self.function.apply(*args)
 
     @property
