@@ -33,27 +33,16 @@ from harness import (
     gradients,
     same_bits,
 )  # fmt: skip
+from test_squeeze_excite import OPTIONS as SE_OPTIONS
 from test_squeeze_excite import mlp_tensors
 
 CONSTANTS = ("running_mean", "running_var")
 PARAMETERS = ("weight", "bias", "w1", "b1", "w2", "b2")
 
+RENAMED = {"post_act": "act", "act": "se_act"}
 OPTIONS = {
-    "odd": dict(act="relu", residual=True, squeezed=4),
-    "odd_nhwc": dict(act="relu", residual=True, squeezed=1),
-    "one_channel": dict(act="relu", residual=False, squeezed=3),
-    "three_channels_nhwc": dict(act="identity", residual=True, squeezed=2),
-    "one_image": dict(act="identity", residual=False, squeezed=2, gate="hard_sigmoid"),
-    "one_image_nhwc": dict(act="relu6", residual=True, squeezed=5, se_act="silu"),
-    "1x1": dict(act="relu6", residual=False, squeezed=5),
-    "1x1_nhwc": dict(act="leaky_relu", residual=True, squeezed=7, se_act="identity"),
-    "one_row": dict(act="leaky_relu", residual=False, squeezed=1),
-    "tail_of_one_nhwc": dict(act="silu", residual=True, squeezed=9, gate="hard_sigmoid"),
-    "stage1": dict(act="silu", residual=False, squeezed=4),
-    "stage1_nhwc": dict(act="relu", residual=True, squeezed=4),
-    "stage2_nhwc": dict(act="gelu", residual=True, squeezed=8, se_act="gelu"),
-    "stage4": dict(act="gelu", residual=False, squeezed=32, se_act="hardswish"),
-    "stage4_nhwc": dict(act="hardswish", residual=True, squeezed=128),
+    case: {RENAMED.get(name, name): value for name, value in options.items()}
+    for case, options in SE_OPTIONS.items()
 }
 EVAL_OPTIONS = {
     "odd": dict(act="hardswish", residual=False, squeezed=3),
