@@ -132,3 +132,22 @@ def test_meta_tensors_have_the_shape(training, case):
     x = torch.empty(X, device="meta")
     found, wanted = fused(x), plain(x)
     assert found.is_meta and found.shape == wanted.shape and found.stride() == wanted.stride()
+
+
+@blocks
+def test_an_optimizer_that_steps_inside_the_backward(case):
+    """Each parameter changes as soon as its gradient is there; the node has read it by then."""
+
+    def step(block):
+        for p in block.parameters():
+            optimizer = torch.optim.SGD([p], lr=0.1)
+            p.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+        for x in torch.arange(3 * 16 * 36.0).sin().view(3, 1, 16, 6, 6).double():
+            block(torch.cat([x, x.flip(3)])).square().sum().backward()
+            block.zero_grad()
+        return dict(block.named_parameters())
+
+    fused, plain = (block.double() for block in pair_of(case, training=True))
+    found, wanted = step(fused), step(plain)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], msg=lambda m, n=name: f"{n}: {m}")
