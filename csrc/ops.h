@@ -68,7 +68,7 @@ Tensor dense_finish(Tensor dbuffer, Tensor buffer, Tensor mean, Tensor q, Tensor
                     int64_t channels);
 
 int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
-                    Tensor mean, Tensor var);
+                    Tensor mean, Tensor var, bool whole);
 
 int64_t cpu_isa();
 

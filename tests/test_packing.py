@@ -162,18 +162,6 @@ def test_a_weight_is_packed_once():
     assert (first.count, second.count) == (3, 0)
 
 
-def test_sizes_and_dtypes_take_turns():
-    fused, plain = inference_pair()
-    with torch.no_grad():
-        for size in (6, 7, 6, 8, 9, 10, 12, 6):
-            for layout in ("NCHW", "NHWC"):
-                check_module(fused, plain, randn((2, 16, size, size), layout=layout), graded=False)
-        with CountPackings() as more:
-            for size in (6, 7, 8, 9, 10, 11, 6):
-                check_module(fused, plain, randn((2, 16, size, size)), graded=False)
-    assert more.count == 0
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_packs_the_weight_itself_once(dtype):
     fused, plain = inference_pair()

@@ -27,13 +27,19 @@ uint64_t add_whole(uint64_t hash, const Tensor& t) {
   const int64_t bytes = bytes_of(t);
   const char* data = static_cast<const char*>(t.const_data_ptr());
   hash = mix(hash, static_cast<uint64_t>(bytes));
-  for (int64_t i = 0; i < bytes; i += 8) hash = mix(hash, word_at(data + i, bytes - i));
+  int64_t i = 0;
+  uint64_t lanes[4] = {1, 2, 3, 4};  // four words at a time: each waits for the one before it
+  for (; i + 32 <= bytes; i += 32) {
+    for (int k = 0; k < 4; ++k) lanes[k] = mix(lanes[k], word_at(data + i + 8 * k, 8));
+  }
+  for (const uint64_t lane : lanes) hash = mix(hash, lane);
+  for (; i < bytes; i += 8) hash = mix(hash, word_at(data + i, bytes - i));
   return hash;
 }
 
 // One element of every filter, of every input channel and of every tap: along the diagonal.
-uint64_t add_weight(uint64_t hash, const Tensor& t) {
-  if (bytes_of(t) <= kWholeBytes) return add_whole(hash, t);
+uint64_t add_weight(uint64_t hash, const Tensor& t, bool whole) {
+  if (whole || bytes_of(t) <= kWholeBytes) return add_whole(hash, t);
   const int64_t element = static_cast<int64_t>(t.element_size());
   const char* data = static_cast<const char*>(t.const_data_ptr());
   const int64_t filters = t.size(0), channels = t.size(1), rows = t.size(2), cols = t.size(3);
@@ -50,14 +56,14 @@ uint64_t add_weight(uint64_t hash, const Tensor& t) {
 }  // namespace
 
 // Computes: a hash of one element of every filter, input channel and tap of the weight (of all
-//           of a weight up to 16 KiB), and of the [C] parameters
-// Reads:    at most max(filters, input channels, taps) cache lines of the weight
+//           of it, if asked or up to 16 KiB), and of the [C] parameters
+// Reads:    at most max(filters, input channels, taps) cache lines of the weight, or all of it
 // Writes:   nothing
-// Traffic:  64*max(O, I) + 16*C bytes, microseconds
+// Traffic:  64*max(O, I) + 16*C bytes, microseconds; whole: the weight's size
 // Split:    one thread
 int64_t fingerprint(Tensor weight, OptTensor bias, OptTensor bn_weight, OptTensor bn_bias,
-                    Tensor mean, Tensor var) {
-  uint64_t hash = add_whole(add_whole(add_weight(0, weight), mean), var);
+                    Tensor mean, Tensor var, bool whole) {
+  uint64_t hash = add_whole(add_whole(add_weight(0, weight, whole), mean), var);
   for (const OptTensor* t : {&bias, &bn_weight, &bn_bias}) {
     hash = t->has_value() ? add_whole(hash, **t) : mix(hash, 0);
   }

@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import functional as F
 from .. import reference
 from ..ops.define import PLAIN, transformed
 from .recognise import Norm, wants_grad
 
-_products = WeakTensorKeyDictionary()  # gain -> the weight and bias it was last folded into
+# The memory of a gain -> the weight and bias that it was last folded into.
+_products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class ResidualScale(nn.Module):
@@ -89,12 +90,12 @@ def scaled_norm(norm: Norm, gain: Tensor, channels: int) -> Norm:
 
 def _same_as_last(gain: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     """The tensors of the last call where they are equal: a packed weight knows them by identity."""
-    last = _products.get(gain)
+    last = _products.get(gain.untyped_storage())
     if last is not None and all(map(_equal, last, (weight, bias))):
         return last
     with torch.inference_mode(False):
         found = weight.detach().clone(), None if bias is None else bias.detach().clone()
-    _products[gain] = found
+    _products[gain.untyped_storage()] = found
     return found
 
 

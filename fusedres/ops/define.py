@@ -26,7 +26,7 @@ _native.define("cuda_inside() -> str")
 _native.define("cuda_launches() -> int")
 _native.define(
     "fingerprint(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
-    " Tensor var) -> int"
+    " Tensor var, bool whole) -> int"
 )
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not wrapped, and with nothing of its own to say

@@ -1,34 +1,54 @@
 """Convolution weights with batch norm folded in, laid out by oneDNN for this CPU: the cache.
 
-An entry belongs to one weight tensor and lives as long as it does. It is used only while every
-tensor it was made from is the same object at the same version with the same fingerprint: a
-training step, ``load_state_dict`` or any in-place write makes a new one. Writes through ``.data``
-bypass autograd's version counter, and tensors made in inference mode have none; the fingerprint
-catches the writes that touch a whole filter, input channel or tap.
+Entries belong to the memory of one weight and live as long as it does. One is used only while every
+tensor it was made from is the same object at the same version with the same fingerprint: a training
+step, ``load_state_dict`` or any in-place write makes a new one. Some writes pass by autograd's
+version counter. Those of fused optimizers are looked for in the whole weight after each of their
+steps, those through a larger tensor that holds the weight in every call. Of those through ``.data``
+or to tensors made in inference mode, the fingerprint sees what touches a whole filter, input
+channel or tap.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .convolution import Geometry
+from .layouts import Layouts
 
-_SIZES_KEPT = 4  # input sizes that one weight is packed for
+Tensors = tuple[Tensor | None, ...]  # weight, bias, bn weight and bias, running mean and variance
 
 
 @dataclass
 class _Entry:
     stamp: tuple
-    packed: dict = field(default_factory=dict)  # by dtype, eps and geometry, then by input size
+    whole: int  # the fingerprint of every value
+    steps: int  # of fused optimizers, when that was looked at
+    source: weakref.ref  # to the memory of the norm's statistics, which goes with the norm
+    layouts: dict[tuple, Layouts] = field(default_factory=dict)  # by dtype, eps and geometry
 
 
-_cache = WeakTensorKeyDictionary()
+# By the memory of a weight, then by where the weight is in it and the tensors folded into it. Not
+# by the tensor: torch.utils.swap_tensors refuses one that has weak references.
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
+_fused_steps = 0
+
+
+def _count_fused_steps(optimizer, args, kwargs) -> None:
+    global _fused_steps
+    if any(group.get("fused") for group in optimizer.param_groups):
+        _fused_steps += 1
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
 
 
 def fold(weight, bias, bn_weight, bn_bias, mean, var, eps) -> tuple[Tensor, Tensor]:
@@ -44,54 +64,61 @@ def fold(weight, bias, bn_weight, bn_bias, mean, var, eps) -> tuple[Tensor, Tens
 
 
 def folded_and_packed(
-    weight: Tensor, sources: tuple[Tensor | None, ...], eps: float,
-    x: Tensor, dtype: torch.dtype, geometry: Geometry,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight: Tensor, sources: Tensors, eps: float, x: Tensor, dtype: torch.dtype, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
     """The folded weight, packed for inputs like ``x`` computed in ``dtype``, and the folded bias.
 
     Args:
         sources: (conv bias, bn weight, bn bias, running mean, running variance).
     """
-    tensors = (weight, *sources)
-    stamp = _stamp(tensors)
-    if stamp is None:
-        return _pack(tensors, eps, x, dtype, geometry)
+    tensors = weight, *sources
+    if not all(map(_has_fingerprint, tensors)):
+        return _layouts(tensors, eps, dtype, geometry).like(x)
     stride, padding, dilation, groups = geometry
     kind = dtype, eps, *stride, *padding, *dilation, groups
     with _lock:
-        entry = _cache.get(weight)
-        if entry is None or entry.stamp != stamp:
-            entry = _cache[weight] = _Entry(stamp)
-        sizes = entry.packed.setdefault(kind, {})
-        packed = sizes.get(x.shape)
-        if packed is None and len(sizes) < _SIZES_KEPT:
-            packed = sizes[x.shape] = _pack(tensors, eps, x, dtype, geometry)
-        elif packed is None:
-            # oneDNN takes a weight packed for another size, and reorders it where it has to.
-            packed = next(reversed(sizes.values()))
-    return packed
+        layouts = _entry_of(tensors).layouts
+        if kind not in layouts:
+            layouts[kind] = _layouts(tensors, eps, dtype, geometry)
+        return layouts[kind].like(x)
 
 
-def _stamp(tensors: tuple[Tensor | None, ...]) -> tuple | None:
-    """What must not change while a packed weight is used; None where that cannot be told."""
-    weight = tensors[0]
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if not dense or any(t is not None and not t.is_contiguous() for t in tensors[1:]):
-        return None
-    versions = tuple(None if t is None else (id(t), t.data_ptr(), _version(t)) for t in tensors)
-    return torch.ops.fusedres_native.fingerprint(*tensors), *versions
+def _layouts(tensors: Tensors, eps: float, dtype: torch.dtype, geometry: Geometry) -> Layouts:
+    weight, bias = fold(*tensors, eps)
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    return Layouts(weight, bias.to(dtype), geometry)
+
+
+def _entry_of(tensors: Tensors) -> _Entry:
+    """What was made from these tensors as they are, or a new entry in its place."""
+    weight, mean = tensors[0], tensors[4]
+    memory = weight.untyped_storage()
+    shares = memory.nbytes() != weight.numel() * weight.element_size()
+    versions = (None if t is None else (t.data_ptr(), _version(t)) for t in tensors)
+    stamp = _fingerprint(tensors, whole=shares), *versions
+    entries = _cache.setdefault(memory, {})
+    key = weight.data_ptr(), *(None if t is None else id(t) for t in tensors)
+    entry = entries.get(key)
+    if entry is not None and entry.stamp == stamp:
+        if entry.steps == _fused_steps or entry.whole == _fingerprint(tensors, whole=True):
+            entry.steps = _fused_steps
+            return entry
+    for dead in [k for k, e in entries.items() if e.source() is None]:
+        del entries[dead]
+    whole, source = _fingerprint(tensors, whole=True), weakref.ref(mean.untyped_storage())
+    entries[key] = _Entry(stamp, whole, _fused_steps, source)
+    return entries[key]
+
+
+def _has_fingerprint(t: Tensor | None) -> bool:
+    if t is None or t.is_contiguous():
+        return True
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _fingerprint(tensors: Tensors, whole: bool) -> int:
+    return torch.ops.fusedres_native.fingerprint(*tensors, whole)
 
 
 def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
-
-
-def _pack(tensors, eps, x, dtype, geometry) -> tuple[Tensor, Tensor]:
-    stride, padding, dilation, groups = geometry
-    weight, bias = fold(*tensors, eps)
-    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-    size = list(x.shape)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, padding, stride, dilation, groups, size
-    )
-    return packed, bias.to(dtype)
