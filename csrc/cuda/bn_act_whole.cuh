@@ -145,13 +145,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
   __syncthreads();
   const BackwardMap<S, false> map{affine.scale, of_lane(lane, q), of_lane(lane, r)};
+  const bool has_q = f.q != nullptr;
   for (int k = 0; k < lane.count; ++k) {
     const int64_t at = lane.at + k * lane.step;
     const int64_t byte = lane.byte + k * lane.byte_step;
     const Pack<S> x = x_held.take(k);
     const Pack<S> u =
         gradient_at_z<T, false, true, kAny>(a, affine, dy_held.take(k), x, at, byte, kPack);
-    apply_backward<T, false, true>(a, affine, map, f.q != nullptr, u, x, at, kPack);
+    apply_backward<T, false, true>(a, affine, map, has_q, has_q, u, x, at, kPack);
   }
 }
 
