@@ -3,6 +3,8 @@
 // once.
 #pragma once
 
+#include <type_traits>
+
 #include "squeeze_excite_cluster.cuh"
 
 namespace fusedres {
@@ -92,56 +94,122 @@ __device__ __forceinline__ void cluster_mlp_backward(const SeClusterParams& m, c
   cluster_sync();
 }
 
-// Computes: dx = u * gate + dpooled / HW, dresidual = u, with u = dy * act'(z); dlogits and
-// dhidden:
-//           the MLP's backward. se_outer_kernel makes the weights' gradients of these
+// z as the forward found it, of a thread's channels: x * gate.
+template <typename S>
+__device__ __forceinline__ Affine<S, false> se_gates(const SeClusterParams& m, const SeLane& own) {
+  const S* const from = static_cast<const S*>(m.logits) + own.image * m.c + own.pack * kPack;
+  S logits[kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) logits[i] = from[i];  // before the gates' branches
+  Affine<S, false> affine{};
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) affine.scale.v[i] = gate_forward(m.gate, logits[i]);
+  return affine;
+}
+
+// f(k, how many) for packs 0 to count, kAtOnce of them together as long as there are so many.
+template <int kAtOnce, typename F>
+__device__ __forceinline__ void in_batches(int count, F f) {
+  int k = 0;
+  for (; k + kAtOnce <= count; k += kAtOnce) f(k, std::integral_constant<int, kAtOnce>());
+  for (; k < count; ++k) f(k, std::integral_constant<int, 1>());
+}
+
+// A thread's packs of dy and, kFindsZ, of x in shared memory.
+template <typename T, bool kFindsZ>
+struct SeHeld {
+  using S = acc_of<T>;
+  const StreamParams& a;
+  const SeClusterParams& m;
+  const SeLane own;
+  const Held<T> dy, x;
+
+  __device__ __forceinline__ int64_t element(int k) const { return own.at + k * m.ty * m.c; }
+  __device__ __forceinline__ void fetch() const {
+    for (int k = 0; k < own.count; ++k) {
+      dy.fetch(k, static_cast<const T*>(a.dy) + element(k));
+      if (kFindsZ) x.fetch(k, static_cast<const T*>(a.x) + element(k));
+    }
+    copy_async_commit();
+  }
+  // u = dy * act'(z) of the packs from k0 on. Bytes of the mask are asked for together.
+  template <int kCount>
+  __device__ __forceinline__ void gradients(const Affine<S, false>& affine, int k0,
+                                            Pack<S> (&u)[kCount]) const {
+    const int64_t byte = own.byte + k0 * m.ty * m.tx;
+    unsigned bits[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      u[j] = dy.take(k0 + j);
+      bits[j] = kFindsZ || a.mask == nullptr ? 0xffu : a.mask[byte + j * m.ty * m.tx];
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (kFindsZ) {
+        u[j] = gradient_at_z<T, false, true, true>(a, affine, u[j], x.take(k0 + j), element(k0 + j),
+                                                   0, kPack);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) u[j][i] = masked_gradient(a.act, bits[j], i, u[j][i]);
+      }
+    }
+  }
+};
+
+// Computes: dx = u * gate + dpooled / HW, dresidual = u, with u = dy * act'(z), and the MLP's
+//           backward but for the gradients of its weights: se_outer_kernel makes these of all
+//           images
 // Reads:    x, dy [N, HW, C] once each; mask, or residual, twice if u needs it; the weights from
 //           L2, once an image
 // Writes:   dx, dresidual [N, HW, C]; dlogits [N, C], dhidden [N, R]
 // Traffic:  (3 + needs_dresidual)*N*C*HW*sizeof(T) (+ N*C*HW/4) bytes; se_outer_kernel's
 //           2*C*R*sizeof(acc_t) besides
-// Split:    as the forward's: one cluster = one image; each block has its share of the MLP's
-// channels
-template <typename T, bool kAny>
+// Split:    as the forward's, one cluster = one image; a block has its share of the MLP's channels
+template <typename T, bool kFindsZ>
 __global__ void __launch_bounds__(kThreads, 1)
     se_bwd_cluster_kernel(const __grid_constant__ StreamParams a,
                           const __grid_constant__ SeClusterParams m) {
   using S = acc_of<T>;
+  constexpr int kAtOnce = kFindsZ ? 1 : 4;  // packs whose loads a thread waits for together
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
   const int64_t words = m.each * Held<T>::kWords * kThreads;
-  const Held<T> dy_held{tile};
-  const Held<T> x_held{tile + words};  // if m.held is 2
   const SeBackwardArrays<S> s(tile + m.held * words, m);
   const SeLane own = se_lane_of(m);
-  const S* const logits = static_cast<const S*>(m.logits) + own.image * m.c + own.pack * kPack;
-  Affine<S, false> affine{};
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) affine.scale.v[i] = gate_forward(m.gate, logits[i]);
+  const SeHeld<T, kFindsZ> held{a, m, own, {tile}, {tile + words}};
+  held.fetch();
+  const Affine<S, false> affine = se_gates<S>(m, own);
+  copy_async_wait<0>();
   S mine[kPack] = {};
-#pragma unroll kAny ? 1 : 4
-  for (int k = 0; k < own.count; ++k) {
-    const int64_t at = own.at + k * m.ty * m.c;
-    const T* const from = static_cast<const T*>(a.x) + at;
-    const Pack<S> x = m.held == 2 ? x_held.keep(k, from) : load_pack<T, true>(from, 16, kPack);
-    const Pack<S> dy = dy_held.keep(k, static_cast<const T*>(a.dy) + at);
-    const Pack<S> u = gradient_at_z<T, false, true, kAny>(a, affine, dy, x, at,
-                                                          own.byte + k * m.ty * m.tx, kPack);
+  in_batches<kAtOnce>(own.count, [&](int k0, auto packs) {
+    constexpr int kCount = decltype(packs)::value;
+    Pack<S> x[kCount], u[kCount];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) mine[i] += u[i] * x[i];
-  }
+    for (int j = 0; j < kCount; ++j) {
+      const T* const from = static_cast<const T*>(a.x) + held.element(k0 + j);
+      x[j] = kFindsZ ? held.x.take(k0 + j) : load_pack<T, true>(from, 16, kPack);
+    }
+    held.gradients(affine, k0, u);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) mine[i] += u[j][i] * x[j][i];
+    }
+  });
   block_sums(m, mine, s.partial, s.channels);
   cluster_mlp_backward(m, own, s);
   if (own.count == 0) return;
   BackwardMap<S, false> map{affine.scale, {}, {}};
 #pragma unroll
   for (int i = 0; i < kPack; ++i) map.r.v[i] = s.channels[own.pack * kPack + i];
-  for (int k = 0; k < own.count; ++k) {
-    const int64_t at = own.at + k * m.ty * m.c;
-    const Pack<S> x = m.held == 2 ? x_held.take(k) : Pack<S>{};
-    const Pack<S> u = gradient_at_z<T, false, true, kAny>(a, affine, dy_held.take(k), x, at,
-                                                          own.byte + k * m.ty * m.tx, kPack);
-    apply_backward<T, false, true>(a, affine, map, false, true, u, x, at, kPack);
-  }
+  in_batches<kAtOnce>(own.count, [&](int k0, auto packs) {
+    Pack<S> u[decltype(packs)::value];
+    held.gradients(affine, k0, u);
+#pragma unroll
+    for (int j = 0; j < decltype(packs)::value; ++j) {
+      apply_backward<T, false, true>(a, affine, map, false, true, u[j], u[j], held.element(k0 + j),
+                                     kPack);
+    }
+  });
 }
 
 template <typename T>
@@ -150,8 +218,7 @@ cudaError_t launch_se_backward_cluster(const StreamParams& a, const SeClusterPar
   LaunchShape shape{m.n * m.cluster};
   shape.shared_bytes = shared_bytes;
   shape.cluster = m.cluster;
-  const auto kernel = a.mask == nullptr && needs_any(a.act) ? se_bwd_cluster_kernel<T, true>
-                                                            : se_bwd_cluster_kernel<T, false>;
+  const auto kernel = finds_z(a) ? se_bwd_cluster_kernel<T, true> : se_bwd_cluster_kernel<T, false>;
   return launch(kernel, shape, stream, a, m);
 }
 
