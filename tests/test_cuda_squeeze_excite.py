@@ -12,7 +12,6 @@ from cuda_host import ORDERS, CudaError
 from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
 
-
 STREAMING = [
     "stream_stats_kernel", "se_image_sums_kernel", *["se_linear_kernel"] * 2,
     "stream_fwd_apply_kernel",

@@ -180,7 +180,36 @@ inline Tiling whole_tiling(const StreamParams& a, const Device& device, int held
 
 using WholeKernel = void (*)(StreamParams, FinalizeParams);
 
-// cudaErrorCooperativeLaunchTooLarge where the blocks are not resident together after all.
+// None for float64, of which no tensor has a tiling.
+template <typename T>
+WholeKernel whole_forward(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return needs_any(a.act) ? bn_act_fwd_whole_kernel<T, true> : bn_act_fwd_whole_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <typename T>
+WholeKernel whole_backward(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return finds_z(a) && needs_any(a.act) ? bn_act_bwd_whole_kernel<T, true>
+                                          : bn_act_bwd_whole_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+// Every block adds up all parts of its channels in double. A part is some 20 operations on up to
+// 256 channels, and where double is slow (2 a clock and SM on sm_86, sm_89, sm_120) 1 us: more than
+// the second read that it saves. How many parts are few enough was not measured.
+constexpr int kSlowDouble = 32;
+constexpr int64_t kFewParts = 4;
+
+inline bool merges_slowly(const Tiling& t, const Device& device) {
+  return device.double_ratio >= kSlowDouble && t.tiles > kFewParts;
+}
+
 inline cudaError_t launch_whole(WholeKernel kernel, const StreamParams& a, FinalizeParams f,
                                 int64_t shared_bytes, cudaStream_t stream) {
   f.parts = f.parts_of_run = a.tiling.tiles;
