@@ -55,7 +55,7 @@ STREAMING = {
     "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=4),  # mean, var, and the parts of both
     "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=4),  # dweight, dbias, and the parts
     "se_fwd_cluster_kernel": Streaming(2, 1, numbers=8),  # squeezed; hidden, logits: loops
-    "se_bwd_cluster_kernel": Streaming(1, 2, numbers=2, copies=1),  # dlogits, dhidden; dy
+    "se_bwd_cluster_kernel": Streaming(1, 2, numbers=10, copies=1),  # dlogits, dhidden: loops; dy
 }
 # The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
 WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
