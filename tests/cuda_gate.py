@@ -41,6 +41,7 @@ class Streaming:
     reads: int  # tensors of activations
     writes: int
     numbers: int = 0  # stored one by one: statistics, and the sums of a block
+    copies: int = 0  # tensors that come by asynchronous copies ("LDGSTS")
     wide: int | None = None  # the template argument that says: aligned; the others may be narrower
 
 
@@ -54,6 +55,7 @@ STREAMING = {
     "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=4),  # mean, var, and the parts of both
     "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=4),  # dweight, dbias, and the parts
     "se_fwd_cluster_kernel": Streaming(2, 1, numbers=8),  # squeezed; hidden, logits: loops
+    "se_bwd_cluster_kernel": Streaming(1, 2, numbers=10, copies=1),  # dlogits, dhidden: loops; dy
 }
 # The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
 WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
@@ -170,16 +172,20 @@ def narrow_accesses(found: Found, rule: Streaming) -> Iterator[str]:
     Bytes of the mask are narrower, and so are coefficients, which are numbers of four bytes.
     """
     each = ACCESSES[found.arguments[0]]
-    accesses = ("load", "LDG", rule.reads, {"32", "U8"}), ("store", "STG", rule.writes, {"U8"})
+    accesses = (
+        ("loads", "LDG", rule.reads, {"32", "U8"}),
+        ("copies", "LDGSTS", rule.copies, set()),
+        ("stores", "STG", rule.writes, {"U8"}),
+    )
     for what, instruction, tensors, narrow in accesses:
         widths = found.widths(instruction)
         whole = widths.pop("128", 0)
         if whole < tensors * each or whole % each:
-            yield f"{whole} {what}s of 16 bytes for {tensors} tensors"
-        if what == "store" and widths.pop("32", 0) > rule.numbers:
+            yield f"{whole} {what} of 16 bytes for {tensors} tensors"
+        if what == "stores" and widths.pop("32", 0) > rule.numbers:
             yield f"stores of four bytes beside the {rule.numbers} numbers"
         if pieces := {w: n for w, n in widths.items() if w not in narrow}:
-            yield f"{what}s of less than 16 bytes: {pieces}"
+            yield f"{what} of less than 16 bytes: {pieces}"
 
 
 def convolution_failures(found: Found) -> Iterator[str]:

@@ -16,7 +16,7 @@ import struct
 import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -243,6 +243,8 @@ class Machine:
     sms: int = 4
     shared_bytes: int = 227 * 1024
     major: int = 9
+    blocks_of_sm: int = 8  # as many of 256 threads as registers allow
+    double_ratio: int = 2
 
 
 _machine = Machine()
@@ -282,8 +284,10 @@ def call(op: str, direction: str, x: Tensor, /, **members) -> None:
         params.workspace = pointers["workspace"].data_ptr()
     if _recording is not None:
         _recording.add(name, params, pointers)
-    lib.sim_set_device(_machine.sms, _machine.shared_bytes, _machine.major)
-    lib.sim_set_order(ORDERS.index(_machine.order), _machine.seed)
+    device = asdict(_machine)
+    order, seed = ORDERS.index(device.pop("order")), device.pop("seed")
+    lib.sim_set_device(*device.values())
+    lib.sim_set_order(order, seed)
     code = lib.sim_call(name.encode(), ctypes.byref(params))
     for line in lib.sim_take_launched().decode().splitlines():
         kernel, cluster = line.split()

@@ -136,7 +136,7 @@ def squeeze_excite_backward(
     dx, (dw1, db1, dw2, db2) = torch.empty_like(x), fake_mlp_grads(x, w1)
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     cuda_host.call(
-        "squeeze_excite", "backward", x, r=w1.shape[0], act=ACTS.index(act),
+        "squeeze_excite", "backward", x, variant=_variant, r=w1.shape[0], act=ACTS.index(act),
         gate=GATES.index(gate), post_act=ACTS.index(post_act), x=x, residual=residual,
         w1=acc(x, w1), w2=acc(x, w2), squeezed=squeezed, hidden=hidden, logits=logits, dy=dy,
         mask=given(mask), dx=dx, dresidual=given(dresidual), dw1=dw1, db1=db1, dw2=dw2, db2=db2,

@@ -82,10 +82,37 @@ def test_the_size_decides():
         assert launched == forward + backward, sms
 
 
-def test_one_launch_asked_for_where_it_does_not_fit():
-    tensors = bn.tensors_of((2, 5, 7, 7), "NHWC", torch.float32)
-    with cuda_on_host(variant="whole"), pytest.raises(CudaError, match="operation not supported"):
+EIGHT_TILES, FOUR_TILES = (2, 64, 23, 22), (2, 64, 14, 14)
+
+
+@pytest.mark.parametrize("shape,machine,whole", [
+    (EIGHT_TILES, {}, True),
+    (EIGHT_TILES, dict(blocks_of_sm=1), False),  # of which there are four
+    (EIGHT_TILES, dict(double_ratio=64), False),
+    (FOUR_TILES, dict(double_ratio=64), True),
+])  # fmt: skip
+def test_the_device_decides(shape, machine, whole):
+    """How many blocks it runs at once, and what double costs it."""
+    tensors = bn.tensors_of(shape, "NHWC", torch.float32)
+    with cuda_on_host(**machine) as launched:
+        gradients(bn.fused(), tensors, constants=bn.CONSTANTS)
+    assert launched == (WHOLE + WHOLE_BACKWARD if whole else FORWARD + BACKWARD)
+
+
+@pytest.mark.parametrize("channels,machine", [(5, {}), (64, dict(blocks_of_sm=1))])
+def test_one_launch_asked_for_where_it_does_not_fit(channels, machine):
+    tensors = bn.tensors_of((2, channels, 23, 22), "NHWC", torch.float32)
+    refused = pytest.raises(CudaError, match="operation not supported")
+    with cuda_on_host(variant="whole", **machine), refused:
         bn.fused()(**tensors)
+
+
+def test_one_launch_where_double_is_slow():
+    """If it is asked for."""
+    tensors = bn.tensors_of(EIGHT_TILES, "NHWC", torch.float32)
+    with cuda_on_host(variant="whole", double_ratio=64) as launched:
+        bn.check_against_reference(tensors, "relu")
+    assert launched == WHOLE + WHOLE_BACKWARD
 
 
 @cases_of(bn.EVAL_OPTIONS)

@@ -40,6 +40,17 @@ def test_float32_takes_two_accesses_a_pack():
     assert len(messages) == 2
 
 
+@pytest.mark.parametrize("copies,messages", [
+    ({"128": 2}, 0), ({"128": 1}, 1), ({}, 1), ({"128": 2, "64": 1}, 1),
+])  # fmt: skip
+def test_a_tile_comes_by_whole_copies(copies, messages):
+    counts = Counter({"LDG.E.128": 2, "STG.E.128": 4})
+    counts |= Counter({f"LDGSTS.E.BYPASS.{width}": n for width, n in copies.items()})
+    arguments = "float", "false"
+    tile = Found("se_bwd_cluster_kernel", arguments, "90a", 64, 0, 0, 0, counts)
+    assert len(list(failures(tile))) == messages
+
+
 def test_statistics_are_numbers():
     stats = dict(kernel="stream_stats_kernel", arguments=("float", "true", "true"))
     assert list(failures(found({"128": 2}, {"32": 2}, **stats))) == []

@@ -61,6 +61,13 @@ def run_squeeze_excite(shape, layout, dtype):
     gradients(se.fused(), tensors)
 
 
+def run_se_cluster():
+    """Two blocks, each with its share of x and dy."""
+    tensors = se.tensors_of((1, 264, 4, 4), "NHWC", torch.float32, squeezed=5)
+    gradients(se.fused("silu"), tensors)
+    assert cuda_host.clusters == [2, 2, 1]
+
+
 def run_bn_se_act(shape, layout, dtype):
     tensors = bnse.tensors_of(shape, layout, dtype, squeezed=3)
     gradients(bnse.fused(), tensors, constants=bnse.CONSTANTS)
@@ -109,6 +116,9 @@ def recorded(run: Callable, flavour: str) -> list[bytes]:
                 for shape, layout, dtype in SHAPES[flavour]:
                     if variant == "streaming" or (layout == "NHWC" and run in HAVE_VARIANTS):
                         run(shape, layout, dtype)
+        if run is run_squeeze_excite:
+            with cuda_on_host():
+                run_se_cluster()
     return recording.calls
 
 

@@ -40,7 +40,8 @@ STOPPED = {
     "wgmma_writes_in_flight": ("forward", "wgmma: thread 0,0,0 of block 0,0,0 wrote to an accumulator in use"),
     "wgmma_wrong_stride": ("forward", "wgmma reads shared memory that a copy has yet to fill"),
     "wgmma_thread_missing": ("random", "some threads of the warpgroup did not start a product"),
-    "copy_beyond_shared": ("forward", "a copy: bytes 32768 to 40960 are in no array of the block's shared memory"),
+    "copy_beyond_shared": ("forward", "a copy: bytes 33792 to 41984 are in no array of the block's shared memory"),
+    "copy_not_at_swizzle": ("forward", "wanted an address that is a multiple of the swizzle's 1024 bytes"),
     "misaligned_map": ("forward", "stopped: invalid argument"),
 }  # fmt: skip
 # Found by their values: poison, or what another thread has not written yet.

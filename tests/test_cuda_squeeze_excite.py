@@ -8,17 +8,28 @@ import torch
 import cuda_host
 import test_squeeze_excite as se
 from cases import SHAPES, layouts, misaligned
-from cuda_host import ORDERS
+from cuda_host import ORDERS, CudaError
 from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
+
+STREAMING = [
+    "stream_stats_kernel", "se_image_sums_kernel", *["se_linear_kernel"] * 2,
+    "stream_fwd_apply_kernel",
+]  # fmt: skip
+STREAMING_BACKWARD = [
+    "se_gates_kernel", "stream_bwd_reduce_kernel", "se_image_sums_kernel",
+    *["se_linear_t_kernel"] * 2, "se_outer_kernel", "stream_bwd_apply_kernel",
+]  # fmt: skip
+ONE, ONE_BACKWARD = ["se_fwd_cluster_kernel"], ["se_bwd_cluster_kernel", "se_outer_kernel"]
 
 
 @cases_of(se.OPTIONS)
 def test_values_and_gradients(case, dtype):
     options = se.OPTIONS[case]
     tensors = se.tensors_of(*SHAPES[case], dtype, **options)
-    with cuda_on_host(variant="streaming"):
+    with cuda_on_host(variant="streaming") as launched:
         se.check_against_reference(tensors, options)
+    assert launched == STREAMING + STREAMING_BACKWARD
 
 
 # Shape, squeezed channels, SMs, the blocks of the cluster, and KiB that a block may hold: of
@@ -29,6 +40,7 @@ CLUSTERS = {
     "four_for_idle_sms": ((1, 64, 16, 16), 4, 4, 4, (227, 227)),
     "eight_for_size": ((1, 40, 23, 21), 10, 1, 8, (28, 18)),
     "wide": ((1, 2048, 3, 3), 16, 1, 1, (227, 227)),
+    "many_squeezed": ((2, 16, 5, 5), 300, 2, 1, (227, 227)),
 }
 
 
@@ -40,32 +52,50 @@ def test_one_launch(case, dtype):
     tensors = se.tensors_of(shape, "NHWC", dtype, squeezed=squeezed)
     with cuda_on_host(variant="whole", sms=sms, shared_bytes=shared) as launched:
         se.check_against_reference(tensors)
-    assert launched[0] == "se_fwd_cluster_kernel" and cuda_host.clusters[0] == blocks
+    assert launched == ONE + ONE_BACKWARD and cuda_host.clusters == [blocks, blocks, 1]
 
 
-@pytest.mark.parametrize("post_act", ["silu", "identity"])
-def test_one_launch_with_another_activation(post_act):
-    options = dict(post_act=post_act, act="silu", gate="hard_sigmoid", residual=False)
-    tensors = se.tensors_of((2, 32, 7, 7), "NHWC", torch.float32, squeezed=3, **options)
-    with cuda_on_host(variant="whole"):
+@pytest.mark.parametrize("post_act,residual,blocks", [
+    ("silu", True, 2), ("relu", False, 2), ("leaky_relu", True, 1), ("identity", False, 1),
+])  # fmt: skip
+def test_one_launch_with_another_activation(post_act, residual, blocks):
+    """Without a mask the backward holds x besides dy, and takes twice the blocks here."""
+    options = dict(post_act=post_act, act="silu", gate="hard_sigmoid", residual=residual)
+    tensors = se.tensors_of((2, 64, 16, 16), "NHWC", torch.float32, squeezed=3, **options)
+    with cuda_on_host(variant="whole", sms=2, shared_bytes=80 * 1024) as launched:
         se.check_against_reference(tensors, options)
+    assert launched == ONE + ONE_BACKWARD and cuda_host.clusters == [1, blocks, 1]
+
+
+def test_one_launch_asked_for_where_it_does_not_fit():
+    tensors = se.tensors_of((2, 64, 16, 16), "NHWC", torch.float32, squeezed=3)
+    machine = dict(shared_bytes=80 * 1024, major=8)
+    failing = pytest.raises(CudaError, match="squeeze_excite_backward: operation not supported")
+    with cuda_on_host(variant="whole", **machine) as launched, failing:
+        gradients(se.fused("silu"), tensors)
+    assert launched == ONE
 
 
 def test_what_decides():
     """The layout, the size of the weights, and what the device can hold."""
-    one, streaming = "se_fwd_cluster_kernel", "stream_stats_kernel"
-    for shape, layout, squeezed, machine, wanted in (
-        ((2, 64, 7, 7), "NHWC", 4, {}, one),
-        ((2, 64, 7, 7), "NCHW", 4, {}, streaming),
-        ((2, 60, 7, 7), "NHWC", 4, {}, streaming),
-        ((2, 64, 2, 2), "NHWC", 16, {}, streaming),
-        ((2, 64, 16, 16), "NHWC", 4, dict(shared_bytes=48 * 1024), one),
-        ((2, 64, 16, 16), "NHWC", 4, dict(shared_bytes=48 * 1024, major=8), streaming),
-    ):
+    one, streaming = ONE + ONE_BACKWARD, STREAMING + STREAMING_BACKWARD
+    for shape, layout, squeezed, post_act, machine, wanted in (
+        ((2, 64, 7, 7), "NHWC", 4, "relu", {}, one),
+        ((2, 64, 7, 7), "NCHW", 4, "relu", {}, streaming),
+        ((2, 60, 7, 7), "NHWC", 4, "relu", {}, streaming),
+        ((2, 64, 2, 2), "NHWC", 16, "relu", {}, streaming),
+        ((2, 64, 16, 16), "NHWC", 4, "silu", dict(shared_bytes=48 * 1024), one),
+        ((2, 64, 16, 16), "NHWC", 4, "relu", dict(shared_bytes=48 * 1024, major=8), streaming),
+        ((2, 64, 16, 16), "NHWC", 4, "relu", dict(shared_bytes=80 * 1024, major=8), one),
+        (
+            (2, 64, 16, 16), "NHWC", 4, "silu", dict(shared_bytes=80 * 1024, major=8),
+            ONE + STREAMING_BACKWARD,
+        ),
+    ):  # fmt: skip
         tensors = se.tensors_of(shape, layout, torch.float32, squeezed=squeezed)
         with cuda_on_host(**machine) as launched:
-            se.fused()(**tensors)
-        assert launched[0] == wanted, (shape, layout, machine)
+            gradients(se.fused(post_act), tensors)
+        assert launched == wanted, (shape, layout, post_act, machine)
 
 
 @layouts

@@ -91,20 +91,26 @@ inline FinalizeParams finalize_params(const BnActParams& p, const Tiling& t, con
   return f;
 }
 
-// Puts a tiling in `a` in which the tensor is on the chip, if it is to be.
+// Puts a tiling in `a` in which the tensor is on the chip, if it is to be: where it fits, all its
+// blocks are resident together, and they are not slow at what each does again.
 template <typename T>
-cudaError_t choose_whole(const BnActParams& p, int held_tensors, StreamParams* a, bool* whole,
-                         int64_t* shared_bytes) {
+cudaError_t choose_whole(const BnActParams& p, WholeKernel kernel, int held_tensors,
+                         StreamParams* a, bool* whole, int64_t* shared_bytes) {
   *whole = false;
   if (p.variant == static_cast<int>(BnVariant::kStreaming)) return cudaSuccess;
   Device device;
-  const cudaError_t error = read_device(&device);
+  cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
+  const bool wanted = p.variant == static_cast<int>(BnVariant::kWhole);
   const Tiling t = whole_tiling(*a, device, held_tensors, sizeof(T), shared_bytes);
-  *whole = t.tiles > 0;
+  int64_t resident = 0;
+  if (t.tiles > 0 && (wanted || !merges_slowly(t, device))) {
+    error =
+        resident_blocks(reinterpret_cast<const void*>(kernel), *shared_bytes, device, &resident);
+  }
+  *whole = t.tiles > 0 && t.blocks() <= resident;
   if (*whole) a->tiling = t;
-  if (!*whole && p.variant == static_cast<int>(BnVariant::kWhole)) return cudaErrorNotSupported;
-  return cudaSuccess;
+  return error == cudaSuccess && wanted && !*whole ? cudaErrorNotSupported : error;
 }
 
 template <typename T>
@@ -123,15 +129,12 @@ cudaError_t bn_act_forward(const BnActParams& p, cudaStream_t stream) {
   } else {
     bool whole = false;
     int64_t shared_bytes = 0;
-    if (p.y != nullptr) error = choose_whole<T>(p, 1, &a, &whole, &shared_bytes);
+    const WholeKernel kernel = whole_forward<T>(a);
+    if (p.y != nullptr) error = choose_whole<T>(p, kernel, 1, &a, &whole, &shared_bytes);
     if (error != cudaSuccess) return error;
-    if constexpr (sizeof(T) < 8) {
-      if (whole) {
-        a.out = p.y;
-        const auto kernel =
-            needs_any(p.act) ? bn_act_fwd_whole_kernel<T, true> : bn_act_fwd_whole_kernel<T, false>;
-        return launch_whole(kernel, a, f, shared_bytes, stream);
-      }
+    if (whole) {
+      a.out = p.y;
+      return launch_whole(kernel, a, f, shared_bytes, stream);
     }
     error = stream_stats<T>(a, stream);
     if (error == cudaSuccess) error = launch_finalize(bn_stats_finalize_kernel<S>, f, stream);
@@ -159,17 +162,14 @@ cudaError_t bn_act_backward(const BnActParams& p, cudaStream_t stream) {
   a.dresidual = p.dresidual;
   bool whole = false;
   int64_t shared_bytes = 0;
-  cudaError_t error = choose_whole<T>(p, 2, &a, &whole, &shared_bytes);
+  const WholeKernel kernel = whole_backward<T>(a);
+  cudaError_t error = choose_whole<T>(p, kernel, 2, &a, &whole, &shared_bytes);
   if (error != cudaSuccess) return error;
-  if constexpr (sizeof(T) < 8) {
-    if (whole) {
-      if (!p.batch_stats) f.q = nullptr;
-      const auto kernel = p.mask == nullptr && needs_any(p.act) ? bn_act_bwd_whole_kernel<T, true>
-                                                                : bn_act_bwd_whole_kernel<T, false>;
-      return launch_whole(kernel, a, f, shared_bytes, stream);
-    }
+  if (whole) {
+    if (!p.batch_stats) f.q = nullptr;
+    return launch_whole(kernel, a, f, shared_bytes, stream);
   }
-  if (p.mask == nullptr && p.act != Act::kIdentity) error = launch_scale<S>(f, stream);
+  if (finds_z(a)) error = launch_scale<S>(f, stream);
   if (error == cudaSuccess) error = backward_reduce<T>(a, stream);
   if (error == cudaSuccess) error = launch_finalize(bn_bwd_finalize_kernel<S>, f, stream);
   if (error != cudaSuccess) return error;

@@ -145,13 +145,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
   __syncthreads();
   const BackwardMap<S, false> map{affine.scale, of_lane(lane, q), of_lane(lane, r)};
+  const bool has_q = f.q != nullptr;
   for (int k = 0; k < lane.count; ++k) {
     const int64_t at = lane.at + k * lane.step;
     const int64_t byte = lane.byte + k * lane.byte_step;
     const Pack<S> x = x_held.take(k);
     const Pack<S> u =
         gradient_at_z<T, false, true, kAny>(a, affine, dy_held.take(k), x, at, byte, kPack);
-    apply_backward<T, false, true>(a, affine, map, f.q != nullptr, u, x, at, kPack);
+    apply_backward<T, false, true>(a, affine, map, has_q, has_q, u, x, at, kPack);
   }
 }
 
@@ -179,7 +180,36 @@ inline Tiling whole_tiling(const StreamParams& a, const Device& device, int held
 
 using WholeKernel = void (*)(StreamParams, FinalizeParams);
 
-// cudaErrorCooperativeLaunchTooLarge where the blocks are not resident together after all.
+// None for float64, of which no tensor has a tiling.
+template <typename T>
+WholeKernel whole_forward(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return needs_any(a.act) ? bn_act_fwd_whole_kernel<T, true> : bn_act_fwd_whole_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <typename T>
+WholeKernel whole_backward(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return finds_z(a) && needs_any(a.act) ? bn_act_bwd_whole_kernel<T, true>
+                                          : bn_act_bwd_whole_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+// Every block adds up all parts of its channels in double. A part is some 20 operations on up to
+// 256 channels, and where double is slow (2 a clock and SM on sm_86, sm_89, sm_120) 1 us: more than
+// the second read that it saves. How many parts are few enough was not measured.
+constexpr int kSlowDouble = 32;
+constexpr int64_t kFewParts = 4;
+
+inline bool merges_slowly(const Tiling& t, const Device& device) {
+  return device.double_ratio >= kSlowDouble && t.tiles > kFewParts;
+}
+
 inline cudaError_t launch_whole(WholeKernel kernel, const StreamParams& a, FinalizeParams f,
                                 int64_t shared_bytes, cudaStream_t stream) {
   f.parts = f.parts_of_run = a.tiling.tiles;

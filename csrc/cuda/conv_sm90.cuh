@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kConvThreads, 1)
                      const __grid_constant__ ConvSm90 a) {
 #if defined(FUSEDRES_HAS_WGMMA)
   using Stages = ConvStages<kColumns>;
-  FUSEDRES_DYNAMIC_SHARED(Stages, s);
+  FUSEDRES_DYNAMIC_SHARED(Stages, shared);
+  Stages* const s = at_swizzle(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Stages::kStages; ++i) {
       mbarrier_init(&s->full[i], 1);

@@ -69,7 +69,7 @@ cudaError_t launch_conv_sm90_tile(const ConvIn& in, const ConvOut& out, const De
   error = tiled_map(&weight_map, dtype, in.weight, 3, {g.c, g.kh * g.kw, g.k}, kColumns);
   if (error != cudaSuccess) return error;
   LaunchShape shape{a.tiles < device.sms ? a.tiles : device.sms, kConvThreads};
-  shape.shared_bytes = sizeof(ConvStages<kColumns>);
+  shape.shared_bytes = sizeof(ConvStages<kColumns>) + kSwizzleSlack;
   if (kNorm) shape.shared_bytes += a.c_steps * kBoxChannels * 8;
   return launch(conv_sm90_kernel<T, kColumns, kAny, kNorm>, shape, stream, x_map, weight_map, a);
 }

@@ -35,7 +35,7 @@ struct ConvSm90 {
   Window window;
 };
 
-// A block's shared memory. The stages are where the swizzle wants them, at multiples of 1024.
+// A block's shared memory, at_swizzle: so are the stages.
 template <int kColumns>
 struct ConvStages {
   static constexpr int kStages = conv_stages(kColumns);

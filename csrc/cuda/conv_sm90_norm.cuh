@@ -10,6 +10,8 @@ namespace cuda {
 
 // As many channels as shared memory has room for besides the stages: 2 * 8 KiB.
 constexpr int64_t kConvNormChannels = 2048;
+static_assert(sizeof(ConvStages<256>) + kConvNormChannels * 8 + kSwizzleSlack <= 227 * 1024,
+              "what a block of sm_90 can have");
 
 #if defined(FUSEDRES_HAS_WGMMA)
 

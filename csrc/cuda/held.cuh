@@ -21,6 +21,14 @@ struct Held {
     }
     return take(k);
   }
+  // Asks for the k-th pack, which is there once this thread has waited for its copies.
+  __device__ __forceinline__ void fetch(int k, const T* from) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      copy_async(&at[(k * kWords + w) * kThreads + threadIdx.x],
+                 reinterpret_cast<const uint4*>(from) + w, true);
+    }
+  }
   __device__ __forceinline__ Pack<acc_of<T>> take(int k) const {
     alignas(16) T raw[kPack];
 #pragma unroll

@@ -38,6 +38,23 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
+// --- shared memory as the copies swizzle it: in groups of 1024 bytes. A block's dynamic shared
+// memory may begin at any multiple of 128 bytes: a launch asks for kSwizzleSlack more, and the
+// kernel begins at_swizzle.
+
+constexpr int kSwizzleBytes = 1024;
+constexpr int kSwizzleSlack = kSwizzleBytes - 128;
+
+template <typename T>
+__device__ __forceinline__ T* at_swizzle(T* shared) {
+#if defined(FUSEDRES_CUDA_ON_HOST)
+  const uint64_t address = sim::shared_address(shared);
+#else
+  const uint32_t address = shared_address(shared);
+#endif
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(shared) + (0 - address) % kSwizzleBytes);
+}
+
 // --- tensor copies: a box of a tensor that a map describes (tensor_map.cuh) to shared memory, at
 // an address that is a multiple of 1024; its bytes arrive at the barrier. Beyond the tensor: zeros.
 

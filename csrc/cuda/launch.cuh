@@ -107,6 +107,7 @@ struct Device {
   int sms = 0;
   int shared_bytes = 0;  // the most that a block can ask for
   int major = 0;         // compute capability; clusters exist from 9 on
+  int double_ratio = 0;  // products of float in the time of one of double: 2, or 64
   bool cooperative = false;
 };
 
@@ -120,8 +121,22 @@ inline cudaError_t read_device(Device* out) {
   read(&out->sms, cudaDevAttrMultiProcessorCount);
   read(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   read(&out->major, cudaDevAttrComputeCapabilityMajor);
+  read(&out->double_ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio);
   read(&cooperative, cudaDevAttrCooperativeLaunch);
   out->cooperative = cooperative != 0;
+  return error;
+}
+
+// How many blocks of kThreads threads the device runs at once: all of a cooperative launch must be.
+inline cudaError_t resident_blocks(const void* kernel, int64_t shared_bytes, const Device& device,
+                                   int64_t* blocks) {
+  int of_sm = 0;
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_sm, kernel, kThreads,
+                                                          static_cast<size_t>(shared_bytes));
+  }
+  *blocks = static_cast<int64_t>(of_sm) * device.sms;
   return error;
 }
 

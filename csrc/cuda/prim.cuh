@@ -18,14 +18,14 @@
 // An array of a block. As an argument of map_shared_rank it names that of another block.
 #define FUSEDRES_SHARED(T, name, count) \
   T(&name)[count] = *static_cast<T(*)[count]>(sim::shared_array<sizeof(T) * (count)>([] {}, #name))
-// The block's dynamic shared memory, as much as its launch asked for.
+// The block's dynamic shared memory, as much as its launch asked for, at a multiple of 128 bytes.
 #define FUSEDRES_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(sim::dynamic_shared())
 
 #else
 
 #define FUSEDRES_SHARED(T, name, count) __shared__ __align__(128) T name[count]
-#define FUSEDRES_DYNAMIC_SHARED(T, name)                                     \
-  extern __shared__ __align__(1024) unsigned char fusedres_dynamic_shared[]; \
+#define FUSEDRES_DYNAMIC_SHARED(T, name)                                    \
+  extern __shared__ __align__(128) unsigned char fusedres_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(fusedres_dynamic_shared)
 
 #endif

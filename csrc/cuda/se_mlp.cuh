@@ -76,6 +76,20 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 constexpr int64_t kChain = 64;  // terms that are added up in acc_t before they join the total
 
+// The sum of term(k) for k = first, first + step, ... below end.
+template <typename S, typename Term>
+__device__ __forceinline__ S chained_sum(int64_t first, int64_t end, int64_t step, Term term) {
+  S total = S(0);
+  for (int64_t k0 = first; k0 < end; k0 += kChain * step) {
+    const int64_t stop = k0 + kChain * step < end ? k0 + kChain * step : end;
+    S sum = S(0);
+#pragma unroll 8
+    for (int64_t k = k0; k < stop; k += step) sum += term(k);
+    total += sum;
+  }
+  return total;
+}
+
 // Computes: out[n, o] = post(sum_k pre(in[n, k]) * w[k, o] + bias[o])
 // Reads:    in [n, k] from cache; w [k, o] once for eight images
 // Writes:   out [n, o]
@@ -103,37 +117,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kImages; ++i) linear_output(p, image0 + i, o, totals[i]);
 }
 
-struct OuterParams {
-  int64_t n, o, k;
-  const void* a;  // [n, o]: the gradient of a layer's output
+struct OuterLayer {
+  int64_t o, k;
+  const void* a;  // [n, o]: the gradient of the layer's output
   const void* b;  // [n, k]: its input
   void* dw;       // [o, k]
   void* dbias;    // [o]
   Pre pre;        // of b
+};
+
+struct OuterParams {
+  OuterLayer layers[2];  // of as many weights
+  int64_t n;
   Act act;
 };
 
-// Computes: dw[o, k] = sum_n a[n, o] * pre(b[n, k]); dbias[o] = sum_n a[n, o]
+// Computes: dw[o, k] = sum_n a[n, o] * pre(b[n, k]); dbias[o] = sum_n a[n, o]; of both layers
 // Reads:    a [n, o], b [n, k] from cache
 // Writes:   dw [o, k], dbias [o] once
-// Traffic:  o*k*sizeof(acc_t) bytes
-// Split:    one thread = one weight
+// Traffic:  2*o*k*sizeof(acc_t) bytes
+// Split:    one thread = one weight, its images in order
 template <typename S>
-__global__ void __launch_bounds__(kThreads) se_outer_kernel(const __grid_constant__ OuterParams p) {
+__global__ void __launch_bounds__(kThreads)
+    se_outer_kernel(const __grid_constant__ OuterParams both) {
+  const OuterLayer& p = both.layers[blockIdx.y];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t o = quotient(i, p.k);
   const int64_t k = i - o * p.k;
   if (o >= p.o) return;
   S total = S(0);
   S bias = S(0);
-  for (int64_t n0 = 0; n0 < p.n; n0 += kChain) {
-    const int64_t end = n0 + kChain < p.n ? n0 + kChain : p.n;
+  for (int64_t n0 = 0; n0 < both.n; n0 += kChain) {
+    const int64_t end = n0 + kChain < both.n ? n0 + kChain : both.n;
     S sum = S(0);
     S sum_a = S(0);
     for (int64_t n = n0; n < end; ++n) {
       const S a = static_cast<const S*>(p.a)[n * p.o + o];
       const S b = static_cast<const S*>(p.b)[n * p.k + k];
-      sum += a * (p.pre == Pre::kAct ? act_forward(p.act, b) : b);
+      sum += a * (p.pre == Pre::kAct ? act_forward(both.act, b) : b);
       sum_a += a;
     }
     total += sum;
@@ -155,11 +176,6 @@ cudaError_t launch_linear_t(const LinearParams& p, cudaStream_t stream) {
   LaunchShape shape{cdiv(p.o, kThreads)};
   shape.blocks_y = cdiv(p.n, kImages);
   return launch(se_linear_t_kernel<S>, shape, stream, p);
-}
-
-template <typename S>
-cudaError_t launch_outer(const OuterParams& p, cudaStream_t stream) {
-  return launch(se_outer_kernel<S>, {cdiv(p.o * p.k, kThreads)}, stream, p);
 }
 
 // The layers' sizes, parameters and results; a forward and a backward share it.
@@ -205,6 +221,18 @@ cudaError_t mlp_forward(const MlpParams& m, cudaStream_t stream) {
   return launch_linear<S>(p, stream);
 }
 
+// From dlogits and dhidden of all images.
+template <typename S>
+cudaError_t mlp_weight_gradients(const MlpParams& m, cudaStream_t stream) {
+  const OuterParams p{{{m.c, m.r, m.dlogits, m.hidden, m.dw2, m.db2, Pre::kAct},
+                       {m.r, m.c, m.dhidden, m.pooled, m.dw1, m.db1, Pre::kNone}},
+                      m.n,
+                      m.act};
+  LaunchShape shape{cdiv(m.c * m.r, kThreads)};
+  shape.blocks_y = 2;
+  return launch(se_outer_kernel<S>, shape, stream, p);
+}
+
 template <typename S>
 cudaError_t mlp_backward(const MlpParams& m, cudaStream_t stream) {
   LinearParams p{};
@@ -226,10 +254,7 @@ cudaError_t mlp_backward(const MlpParams& m, cudaStream_t stream) {
   p.post = Post::kDivide;
   p.divisor = m.divisor;
   if (error == cudaSuccess) error = launch_linear_t<S>(p, stream);
-  const OuterParams second{m.n, m.c, m.r, m.dlogits, m.hidden, m.dw2, m.db2, Pre::kAct, m.act};
-  if (error == cudaSuccess) error = launch_outer<S>(second, stream);
-  const OuterParams first{m.n, m.r, m.c, m.dhidden, m.pooled, m.dw1, m.db1, Pre::kNone, m.act};
-  return error == cudaSuccess ? launch_outer<S>(first, stream) : error;
+  return error == cudaSuccess ? mlp_weight_gradients<S>(m, stream) : error;
 }
 
 }  // namespace cuda

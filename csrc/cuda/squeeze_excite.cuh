@@ -1,9 +1,10 @@
 // squeeze_excite: y = post_act(x * gate(mlp(mean_hw x)) + residual), and its backward. One launch
-// that reads x once where a cluster's shared memory holds an image (squeeze_excite_cluster.cuh), or
-// streaming passes. The contract of the params and launches: launch.cuh.
+// that reads x (and dy) once where a cluster's shared memory holds an image
+// (squeeze_excite_cluster.cuh, _bwd.cuh), or streaming passes. The contract of the params and
+// launches: launch.cuh.
 #pragma once
 
-#include "squeeze_excite_cluster.cuh"
+#include "squeeze_excite_cluster_bwd.cuh"
 #include "stream_reduce.cuh"
 
 namespace fusedres {
@@ -13,7 +14,7 @@ enum class SeVariant : int { kBySize, kStreaming, kCluster };
 
 struct SqueezeExciteParams {
   Dtype dtype;
-  int variant;  // an SeVariant of the forward; kCluster fails with cudaErrorNotSupported elsewhere
+  int variant;  // an SeVariant; kCluster fails with cudaErrorNotSupported where it does not fit
   bool planar;
   int64_t n, c, hw, r;
   Act act;  // of the MLP
@@ -153,13 +154,15 @@ cudaError_t launch_image_sums(const ImageSumsParams& p, cudaStream_t stream) {
   return launch(se_image_sums_kernel<S>, {cdiv(p.n * p.c, kThreads)}, stream, p);
 }
 
-// Whether a cluster is to hold an image; then *m says how. Where the weights are more traffic from
-// the L2 cache than x is from memory (stage 4), the streaming passes read them for eight images at
-// a time. The factor is not measured.
+// Whether a cluster is to hold `held` tensors of an image, and its arrays; then *m says how. Where
+// the weights are more traffic from the L2 cache than x is from memory (stage 4), the streaming
+// passes read them for eight images at a time. The factor is not measured.
 template <typename T>
-cudaError_t choose_cluster(const SqueezeExciteParams& p, const StreamParams& a, SeClusterParams* m,
+cudaError_t choose_cluster(const SqueezeExciteParams& p, const StreamParams& a, int held,
+                           int64_t (*arrays)(const SeClusterParams&), SeClusterParams* m,
                            int64_t* shared_bytes) {
-  *m = {p.n, p.c, p.hw, p.r, 0, 0, 0, 0, 0};
+  *m = {p.n, p.c, p.hw, p.r};
+  m->held = held;
   if (p.variant == static_cast<int>(SeVariant::kStreaming)) return cudaSuccess;
   Device device;
   const cudaError_t error = read_device(&device);
@@ -168,7 +171,7 @@ cudaError_t choose_cluster(const SqueezeExciteParams& p, const StreamParams& a, 
   const int64_t weights = 2 * p.c * p.r * static_cast<int64_t>(sizeof(float));
   const int64_t image = p.c * p.hw * static_cast<int64_t>(sizeof(T));
   if (wanted || weights <= 2 * image) {
-    se_cluster_split(a, device, static_cast<int>(sizeof(T)), m, shared_bytes);
+    se_cluster_split(a, device, static_cast<int>(sizeof(T)), arrays, m, shared_bytes);
   }
   if (wanted && m->cluster == 0) return cudaErrorNotSupported;
   m->w1 = p.w1;
@@ -192,7 +195,7 @@ cudaError_t squeeze_excite_forward(const SqueezeExciteParams& p, cudaStream_t st
   a.part2 = scratch.part2;
   SeClusterParams m;
   int64_t shared_bytes = 0;
-  cudaError_t error = choose_cluster<T>(p, a, &m, &shared_bytes);
+  cudaError_t error = choose_cluster<T>(p, a, 1, SeArrays<S>::bytes, &m, &shared_bytes);
   if constexpr (sizeof(T) < 8) {
     if (error == cudaSuccess && m.cluster > 0) {
       a.out = p.y;
@@ -218,9 +221,25 @@ cudaError_t squeeze_excite_backward(const SqueezeExciteParams& p, cudaStream_t s
   StreamParams a = se_stream_params<T>(p);
   a.part1 = scratch.part1;
   a.part2 = scratch.part2;
+  a.out = p.dx;
+  a.dresidual = p.dresidual;
+  SeClusterParams m;
+  int64_t shared_bytes = 0;
+  const int held = finds_z(a) ? 2 : 1;
+  cudaError_t error = choose_cluster<T>(p, a, held, SeBackwardArrays<S>::bytes, &m, &shared_bytes);
+  if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) < 8) {
+    if (m.cluster > 0) {
+      m.dlogits = scratch.dlogits;
+      m.dhidden = scratch.dhidden;
+      error = launch_se_backward_cluster<T>(a, m, shared_bytes, stream);
+      if (error != cudaSuccess) return error;
+      return mlp_weight_gradients<S>(se_mlp_params(p, scratch), stream);
+    }
+  }
   a.scale = scratch.gates;
   const GatesParams gates{p.n * p.c, p.logits, scratch.gates, p.gate};
-  cudaError_t error = launch(se_gates_kernel<S>, {cdiv(gates.count, kThreads)}, stream, gates);
+  error = launch(se_gates_kernel<S>, {cdiv(gates.count, kThreads)}, stream, gates);
   if (error == cudaSuccess) error = backward_reduce<T>(a, stream);
   ImageSumsParams sums{p.n, p.c, a.tiling.parts() / p.n, scratch.part2};  // dgate: of u * x
   sums.divisor = 1;
@@ -232,8 +251,6 @@ cudaError_t squeeze_excite_backward(const SqueezeExciteParams& p, cudaStream_t s
   if (error != cudaSuccess) return error;
   a.p = scratch.gates;
   a.r = scratch.dpooled;
-  a.out = p.dx;
-  a.dresidual = p.dresidual;
   return backward_apply<T>(a, stream);
 }
 

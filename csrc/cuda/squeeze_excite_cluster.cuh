@@ -1,6 +1,6 @@
 // squeeze_excite in one launch: a cluster of 1, 2, 4 or 8 blocks holds an image in its shared
 // memory and exchanges the squeeze, the hidden values and the gates through it, so that x is read
-// once.
+// once. The backward: squeeze_excite_cluster_bwd.cuh.
 #pragma once
 
 #include "held.cuh"
@@ -14,11 +14,35 @@ struct SeClusterParams {
   int64_t n, c, hw, r;
   int64_t rows, each;  // rows of a block, of a thread
   int tx, ty, cluster;
+  int held;  // tensors in shared memory
   const void *w1, *b1, *w2, *b2;
   void *squeezed, *hidden, *logits;
+  void *dlogits, *dhidden;  // backward
   Act act;
   Gate gate;
 };
+
+// What a thread walks over: `count` packs of an image, ty rows apart.
+struct SeLane {
+  int64_t image, rank;  // rank: of the block in the cluster
+  int64_t pack;         // the channels, of every row
+  int64_t at, byte;     // of the first pack: element, and byte of the mask
+  int count;
+};
+
+__device__ __forceinline__ SeLane se_lane_of(const SeClusterParams& m) {
+  SeLane lane{};
+  lane.image = quotient(blockIdx.x, m.cluster);
+  lane.rank = blockIdx.x - lane.image * m.cluster;
+  lane.pack = threadIdx.x % m.tx;
+  const int64_t row = lane.rank * m.rows + threadIdx.x / m.tx;
+  const int64_t end = (lane.rank + 1) * m.rows < m.hw ? (lane.rank + 1) * m.rows : m.hw;
+  lane.at = (lane.image * m.hw + row) * m.c + lane.pack * kPack;
+  lane.byte = (lane.image * m.hw + row) * m.tx + lane.pack;
+  const bool works = static_cast<int>(threadIdx.x) / m.tx < m.ty && row < end;
+  if (works) lane.count = static_cast<int>((end - row - 1) / m.ty) + 1;
+  return lane;
+}
 
 // A block's arrays behind its tile.
 template <typename S>
@@ -60,29 +84,21 @@ __device__ __forceinline__ void for_own_outputs(int64_t count, int64_t rank, int
   for (int64_t o = first; o < count; o += static_cast<int64_t>(cluster) * kWarps) f(o);
 }
 
-// sums[c] of this block's rows, which it keeps in shared memory.
-template <typename T, typename S>
-__device__ __forceinline__ void hold_and_sum(const StreamParams& a, const SeClusterParams& m,
-                                             const Held<T>& held, const SeArrays<S>& s, int64_t at,
-                                             int count) {
+// sums[c] of the block, from those of its threads; partial: [ty, C].
+template <typename S>
+__device__ __forceinline__ void block_sums(const SeClusterParams& m, const S (&mine)[kPack],
+                                           S* partial, S* sums) {
   const int x = static_cast<int>(threadIdx.x) % m.tx;
   const int y = static_cast<int>(threadIdx.x) / m.tx;
-  S sums[kPack] = {};
-#pragma unroll 8
-  for (int k = 0; k < count; ++k) {
-    const Pack<S> v = held.keep(k, static_cast<const T*>(a.x) + at + k * m.ty * m.c);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) sums[i] += v[i];
-  }
   if (y < m.ty) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) s.partial[y * m.c + x * kPack + i] = sums[i];
+    for (int i = 0; i < kPack; ++i) partial[y * m.c + x * kPack + i] = mine[i];
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < m.c; c += kThreads) {
     S sum = S(0);
-    for (int i = 0; i < m.ty; ++i) sum += s.partial[i * m.c + c];
-    s.sums[c] = sum;
+    for (int i = 0; i < m.ty; ++i) sum += partial[i * m.c + c];
+    sums[c] = sum;
   }
 }
 
@@ -100,51 +116,51 @@ __global__ void __launch_bounds__(kThreads, 1)
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
   const Held<T> held{tile};
   const SeArrays<S> s(tile, m.each * Held<T>::kWords * kThreads, m);
-  const int64_t image = quotient(blockIdx.x, m.cluster);
-  const int64_t rank = blockIdx.x - image * m.cluster;
-  const int64_t row = rank * m.rows + threadIdx.x / m.tx;
-  const int64_t end = (rank + 1) * m.rows < m.hw ? (rank + 1) * m.rows : m.hw;
-  const bool works = static_cast<int>(threadIdx.x) / m.tx < m.ty && row < end;
-  const int count = works ? static_cast<int>((end - row - 1) / m.ty) + 1 : 0;
-  const int64_t pack = threadIdx.x % m.tx;
-  const int64_t at = (image * m.hw + row) * m.c + pack * kPack;
-  hold_and_sum(a, m, held, s, at, count);
+  const SeLane own = se_lane_of(m);
+  S mine[kPack] = {};
+#pragma unroll 8
+  for (int k = 0; k < own.count; ++k) {
+    const Pack<S> v = held.keep(k, static_cast<const T*>(a.x) + own.at + k * m.ty * m.c);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) mine[i] += v[i];
+  }
+  block_sums(m, mine, s.partial, s.sums);
   cluster_sync();
   for (int64_t c = threadIdx.x; c < m.c; c += kThreads) {
     S sum = S(0);
     for (int peer = 0; peer < m.cluster; ++peer) sum += cluster_peer(s.sums, peer)[c];
     s.pooled[c] = sum / static_cast<S>(m.hw);
-    if (rank == 0) static_cast<S*>(m.squeezed)[image * m.c + c] = s.pooled[c];
+    if (own.rank == 0) static_cast<S*>(m.squeezed)[own.image * m.c + c] = s.pooled[c];
   }
   __syncthreads();
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for_own_outputs(m.r, rank, m.cluster, [&](int64_t o) {
+  for_own_outputs(m.r, own.rank, m.cluster, [&](int64_t o) {
     const S v = warp_dot<S>(m.w1, m.b1, o, m.c, [&](int64_t k) { return s.pooled[k]; });
     if (lane < m.cluster) cluster_peer(s.hidden, lane)[o] = act_forward(m.act, v);
-    if (lane == 0) static_cast<S*>(m.hidden)[image * m.r + o] = v;
+    if (lane == 0) static_cast<S*>(m.hidden)[own.image * m.r + o] = v;
   });
   cluster_sync();
-  for_own_outputs(m.c, rank, m.cluster, [&](int64_t c) {
+  for_own_outputs(m.c, own.rank, m.cluster, [&](int64_t c) {
     const S v = warp_dot<S>(m.w2, m.b2, c, m.r, [&](int64_t k) { return s.hidden[k]; });
     if (lane < m.cluster) cluster_peer(s.gates, lane)[c] = gate_forward(m.gate, v);
-    if (lane == 0) static_cast<S*>(m.logits)[image * m.c + c] = v;
+    if (lane == 0) static_cast<S*>(m.logits)[own.image * m.c + c] = v;
   });
   cluster_sync();
   Affine<S, false> affine{};
-  if (count == 0) return;
+  if (own.count == 0) return;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) affine.scale.v[i] = s.gates[pack * kPack + i];
-  const int64_t byte = (image * m.hw + row) * m.tx + pack;
-  for (int k = 0; k < count; ++k) {
-    apply_forward<T, false, true, kAny>(a, affine, held.take(k), at + k * m.ty * m.c,
-                                        byte + k * m.ty * m.tx, kPack);
+  for (int i = 0; i < kPack; ++i) affine.scale.v[i] = s.gates[own.pack * kPack + i];
+  for (int k = 0; k < own.count; ++k) {
+    apply_forward<T, false, true, kAny>(a, affine, held.take(k), own.at + k * m.ty * m.c,
+                                        own.byte + k * m.ty * m.tx, kPack);
   }
 }
 
 // How a cluster holds an image: `cluster` is 0 where none can. The smallest that fits, and more
-// while there are SMs without an image.
+// while there are SMs without an image. arrays: bytes of what lies behind a block's tile.
 inline void se_cluster_split(const StreamParams& a, const Device& device, int size,
-                             SeClusterParams* m, int64_t* shared_bytes) {
+                             int64_t (*arrays)(const SeClusterParams&), SeClusterParams* m,
+                             int64_t* shared_bytes) {
   m->cluster = 0;
   if (a.tiling.planar || !is_wide(a) || size == 8 || a.tiling.packs > kThreads) return;
   m->tx = static_cast<int>(a.tiling.packs);
@@ -152,7 +168,7 @@ inline void se_cluster_split(const StreamParams& a, const Device& device, int si
   for (int blocks = 1; blocks <= (device.major >= 9 ? 8 : 1); blocks *= 2) {
     const int64_t rows = cdiv(m->hw, blocks);
     const int64_t each = cdiv(rows, m->ty);
-    const int64_t bytes = each * kPack * size * kThreads + SeArrays<float>::bytes(*m);
+    const int64_t bytes = m->held * each * kPack * size * kThreads + arrays(*m);
     const bool idle = m->cluster > 0 && m->n * m->cluster < device.sms && rows >= m->ty;
     if (bytes > device.shared_bytes || (m->cluster > 0 && !idle)) continue;
     m->cluster = blocks;

@@ -191,6 +191,11 @@ __device__ __forceinline__ int64_t coefficient_set(const StreamParams& a, const 
   return a.per_image ? (kPlanar ? lane.image : lane.group) * a.tiling.c : 0;
 }
 
+// Whether z, and so x, has to be found again for u = dy * act'(z).
+__host__ __device__ __forceinline__ bool finds_z(const StreamParams& a) {
+  return a.mask == nullptr && a.act != Act::kIdentity;
+}
+
 // u = dy * act'(z) of one pack, given dy; z is found again as the forward found it. kAny: any
 // activation.
 template <typename T, bool kPlanar, bool kWide, bool kAny, typename S>

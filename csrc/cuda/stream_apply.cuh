@@ -36,19 +36,20 @@ struct BackwardMap {
   Coefficients<S, kPlanar> p, q, r;
 };
 
-// One pack of the backward, from u to the stores of dx and dresidual; has_q: or q and r are zero.
+// One pack of the backward, from u to the stores of dx and dresidual; without has_q, has_r: q, r
+// are zero.
 template <typename T, bool kPlanar, bool kWide, typename S>
 __device__ __forceinline__ void apply_backward(const StreamParams& a,
                                                const Affine<S, kPlanar>& affine,
                                                const BackwardMap<S, kPlanar>& map, bool has_q,
-                                               const Pack<S>& u, const Pack<S>& x, int64_t at,
-                                               int n) {
+                                               bool has_r, const Pack<S>& u, const Pack<S>& x,
+                                               int64_t at, int n) {
   Pack<S> dx;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     dx[i] = map.p[i] * u[i];
     if (has_q) dx[i] += map.q[i] * (x[i] - affine.center[i]);
-    if (has_q || a.r != nullptr) dx[i] += map.r[i];
+    if (has_r) dx[i] += map.r[i];
   }
   store_pack<T, kWide>(static_cast<T*>(a.out) + at, dx, a.width, n);
   if (a.dresidual != nullptr) {
@@ -93,17 +94,18 @@ __global__ void __launch_bounds__(kThreads)
   const BackwardMap<S, kPlanar> map{coefficients<S, kPlanar>(lane, a.p, set, S(1)),
                                     coefficients<S, kPlanar>(lane, a.q, set, S(0)),
                                     coefficients<S, kPlanar>(lane, a.r, set, S(0))};
-  const bool needs_x = a.q != nullptr || (a.mask == nullptr && a.act != Act::kIdentity);
+  const bool has_q = a.q != nullptr;
+  const bool has_r = has_q || a.r != nullptr;
 #pragma unroll kAny ? 1 : 2
   for (int k = 0; k < lane.count; ++k) {
     const int64_t at = lane.at + k * lane.step;
     const int n = kWide ? kPack : elements<kPlanar>(lane, k);
     Pack<S> x{};
-    if (needs_x) x = load_pack<T, kWide>(static_cast<const T*>(a.x) + at, a.width, n);
+    if (has_q || finds_z(a)) x = load_pack<T, kWide>(static_cast<const T*>(a.x) + at, a.width, n);
     const int64_t byte = lane.byte + k * lane.byte_step;
     const Pack<S> dy = load_pack<T, kWide>(static_cast<const T*>(a.dy) + at, a.width, n);
     const Pack<S> u = gradient_at_z<T, kPlanar, kWide, kAny>(a, affine, dy, x, at, byte, n);
-    apply_backward<T, kPlanar, kWide>(a, affine, map, a.q != nullptr, u, x, at, n);
+    apply_backward<T, kPlanar, kWide>(a, affine, map, has_q, has_r, u, x, at, n);
   }
 }
 

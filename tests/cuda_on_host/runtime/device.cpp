@@ -16,6 +16,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMajor:
       *value = sim::state.major;
       return cudaSuccess;
+    case cudaDevAttrSingleToDoublePrecisionPerfRatio:
+      *value = sim::state.double_ratio;
+      return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
       return cudaSuccess;
@@ -59,10 +62,10 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-// By threads and shared memory; a host compiler counts no registers.
+// By threads and shared memory, and what a test says of the registers: a host compiler counts none.
 cudaError_t occupancy_of(int* blocks, const void*, int threads, size_t shared_bytes) {
   if (threads < 1) return cudaErrorInvalidValue;
-  const int by_threads = 2048 / threads;
+  const int by_threads = std::min(2048, 256 * sim::state.blocks_of_sm) / threads;
   const int each = static_cast<int>(shared_bytes) + 1024;  // the system's share of every block
   *blocks = std::min(by_threads, (sim::state.shared_limit + 1024) / each);
   return cudaSuccess;
@@ -75,10 +78,12 @@ void sim_set_order(int order, unsigned long long seed) {
   sim::state.random.seed(seed);
 }
 
-void sim_set_device(int sms, int shared_limit, int major) {
+void sim_set_device(int sms, int shared_limit, int major, int blocks_of_sm, int double_ratio) {
   sim::state.sms = sms;
   sim::state.shared_limit = shared_limit;
   sim::state.major = major;
+  sim::state.blocks_of_sm = blocks_of_sm;
+  sim::state.double_ratio = double_ratio;
 }
 
 const char* sim_error_string(int code) {

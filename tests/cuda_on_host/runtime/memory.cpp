@@ -32,11 +32,13 @@ void* find_shared(const void* key, size_t bytes, const char* name) {
   void* data = nullptr;
   if (posix_memalign(&data, 1024, bytes) != 0) fail("no memory for shared memory");
   std::memset(data, 0xff, bytes);
-  // a page apart, so that an address beyond an array is in none
+  // a page apart, so that an address beyond an array is in none; CUDA promises no dynamic one more
+  // than 128 bytes of alignment
   uint64_t address = 0;
   for (const SharedArray& array : block->shared) {
     address = std::max(address, (array.address + array.bytes + 2047) / 1024 * 1024);
   }
+  if (key == &dynamic_key) address += 128;
   block->shared.push_back({key, static_cast<char*>(data), bytes, name, address});
   return data;
 }

@@ -23,6 +23,7 @@ enum class Bug {
   kThreadMissing,
   kBeyondShared,
   kBeyondTensor,
+  kNotAtSwizzle,
 };
 
 template <typename T>
@@ -64,7 +65,8 @@ template <typename T, int kColumns>
 __global__ void product_kernel(const __grid_constant__ CUtensorMap a,
                                const __grid_constant__ CUtensorMap b, int steps, Bug bug,
                                float* c) {
-  FUSEDRES_DYNAMIC_SHARED(Stages<kColumns>, s);
+  FUSEDRES_DYNAMIC_SHARED(Stages<kColumns>, shared);
+  Stages<kColumns>* const s = bug == Bug::kNotAtSwizzle ? shared : at_swizzle(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&s->full[i], 1);
@@ -128,8 +130,8 @@ cudaError_t product(bool* right, Bug bug) {
   if (error != cudaSuccess) return error;
   error = tiled_map(&map_b, fusedres::kBFloat16, b, 3, {kDepth, 1, kThere}, kColumns);
   if (error != cudaSuccess) return error;
-  error = launch(product_kernel<T, kColumns>, {1, 256, sizeof(Stages<kColumns>)}, nullptr, map_a,
-                 map_b, (kDepth + 63) / 64, bug, c.data());
+  error = launch(product_kernel<T, kColumns>, {1, 256, sizeof(Stages<kColumns>) + kSwizzleSlack},
+                 nullptr, map_a, map_b, (kDepth + 63) / 64, bug, c.data());
   *right = true;
   for (int i = 0; i < kRows * kColumns; ++i) {
     float sum = 0;
@@ -147,7 +149,8 @@ constexpr int kPixels = 40;
 // One box; the threads read it back through the swizzle.
 __global__ void im2col_kernel(const __grid_constant__ CUtensorMap map, int c, Pixel at, int tap_h,
                               int tap_w, bool waits, float* y) {
-  FUSEDRES_DYNAMIC_SHARED(unsigned char, box);
+  FUSEDRES_DYNAMIC_SHARED(unsigned char, shared);
+  unsigned char* const box = at_swizzle(shared);
   FUSEDRES_SHARED(uint64_t, full, 1);
   if (threadIdx.x == 0) mbarrier_init(full, 1);
   __syncthreads();
@@ -187,8 +190,8 @@ cudaError_t im2col(bool* right, const Window& window, bool waits = true) {
                      pixel % q * window.stride[1] - window.pad[1]};
       };
       std::vector<float> y(kPixels * 64);
-      error = launch(im2col_kernel, {1, 128, kPixels * 128}, nullptr, map, 16, corner(first), tap_h,
-                     tap_w, waits, y.data());
+      error = launch(im2col_kernel, {1, 128, kPixels * 128 + kSwizzleSlack}, nullptr, map, 16,
+                     corner(first), tap_h, tap_w, waits, y.data());
       for (int i = 0; i < kPixels * 64; ++i) {
         const Pixel at = corner(first + i / 64);
         const int h = at.h + tap_h;
@@ -241,6 +244,7 @@ std::vector<Case> hopper_cases() {
       {"wgmma_thread_missing", wrong<Bug::kThreadMissing>},
       {"copy_beyond_shared", wrong<Bug::kBeyondShared>},
       {"copy_beyond_tensor", wrong<Bug::kBeyondTensor>},
+      {"copy_not_at_swizzle", wrong<Bug::kNotAtSwizzle>},
       {"im2col_3x3", im2col_3x3},
       {"im2col_strided", im2col_strided},
       {"im2col_without_wait", im2col_without_wait},
