@@ -172,7 +172,7 @@ def test_transition(training, layout):
     check_module(fused, plain, randn((2, 12, 7, 6), layout=layout), steps=2)
 
 
-@pytest.mark.parametrize("what", ["dropout", "hook", "group norm", "frozen"])
+@pytest.mark.parametrize("what", ["dropout", "hook", "group norm", "wrapper", "frozen"])
 def test_what_cannot_be_fused_runs_layer_by_layer(what):
     pair = block_pair(8, growth=4, drop_rate=0.5 if what == "dropout" else 0.0)
     calls, events = [], []
@@ -182,6 +182,8 @@ def test_what_cannot_be_fused_runs_layer_by_layer(what):
             layer.norm2.register_forward_hook(lambda *_: calls.append(1))
         if what == "group norm":
             layer.norm1 = nn.GroupNorm(4, 12)
+        if what == "wrapper":
+            layer.conv1 = nn.Sequential(layer.conv1)
         if what == "frozen":
             layer.conv1.weight.requires_grad_(False)
     x = randn((4, 8, 6, 6))
@@ -236,3 +238,24 @@ def test_input_format_does_not_matter():
     x = randn((7, 8, 5, 4)).transpose(0, 3).contiguous().transpose(0, 3)
     check_module(fused, plain, arrange(x, "NHWC"))
     check_module(fused, plain, x)
+
+
+def test_a_batch_of_gradients():
+    fused = fusedres.DenseBlock(2, 16, 2, 8, 0.0).double()
+    plain = fusedres.unfuse(copy.deepcopy(fused))
+    x, found = randn((2, 16, 5, 5)).double(), []
+    for block in (fused, plain):
+        found.append(
+            torch.autograd.functional.jacobian(
+                lambda x, block=block: block(x)[1, 14:19, 2, 3], x, vectorize=True
+            )
+        )
+    torch.testing.assert_close(*found)
+
+
+def test_a_tensor_of_a_subclass_stays_one():
+    class Labelled(torch.Tensor):
+        pass
+
+    y = fusedres.DenseBlock(2, 16, 2, 8, 0.0)(randn((2, 16, 5, 5)).as_subclass(Labelled))
+    assert type(y) is Labelled

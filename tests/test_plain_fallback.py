@@ -125,3 +125,36 @@ def test_a_weight_of_a_subclass(index):
     x = randn(X)
     with torch.no_grad():
         torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), plain(x))
+
+
+@modes
+def test_a_convolution_that_is_patched_on_the_instance(training):
+    """As those do who want textures to tile."""
+
+    def circular(x, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+
+    fused, plain = (m.train(training) for m in pair(unchanged))
+    for m in (fused, plain):
+        m[0]._conv_forward = circular
+    x = randn(X)
+    assert_same_bits({"y": fused(x)}, {"y": plain(x)})
+
+
+PATCHES = {
+    "Conv2d.forward": (nn.Conv2d, "forward"),
+    "Conv2d._conv_forward": (nn.Conv2d, "_conv_forward"),
+    "BatchNorm2d.forward": (nn.BatchNorm2d, "forward"),
+    "ReLU.forward": (nn.ReLU, "forward"),
+}
+
+
+@modes
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_class_that_is_patched_after_this_library_was_imported(name, training, monkeypatch):
+    fused, plain = (m.train(training) for m in pair(unchanged))
+    cls, method = PATCHES[name]
+    original = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda *args: 2 * original(*args), raising=True)
+    x = randn(X)
+    torch.testing.assert_close(fused(x), plain(x))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
@@ -137,7 +138,7 @@ def add_act(
     """``act(scale * branch + residual)``, ``scale`` [N]."""
     if residual is None and scale is None:
         return activate(branch, act)
-    fits = residual is not None and not symbolic(branch)
+    fits = residual is not None and not symbolic(branch) and branch.layout == torch.strided
     if not fits or residual.shape != branch.shape or residual.device != branch.device:
         if scale is not None:
             branch = branch * scale.to(branch.dtype).view(-1, 1, 1, 1)

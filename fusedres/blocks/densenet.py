@@ -9,6 +9,7 @@ from .. import checks, dispatch, observers
 from ..layout import dense
 from ..ops import bn_act, conv_stats
 from ..ops.convolution import Geometry
+from ..ops.define import PLAIN
 from ..ops.dense_block import Layer, dense_block
 from .recognise import Norm, act_of, geometry_of, hooked, norm_of, symbolic
 from .unit import autocasts, operands, track
@@ -159,6 +160,8 @@ def _halves_of(x: Tensor, layers: list[nn.Module]) -> list[tuple[Half, Half]] | 
         return "tracing"
     if torch.compiler.is_compiling():
         return "the compiler plans memory by itself"
+    if type(x) not in PLAIN:
+        return f"the input is a {type(x).__name__}"
     if torch._C._are_functorch_transforms_active():
         return "functorch's levels do not survive the block's own backward"
     if autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type):
@@ -173,18 +176,20 @@ def _halves_of(x: Tensor, layers: list[nn.Module]) -> list[tuple[Half, Half]] | 
             return reason
         if layer.training and layer.drop_rate:
             return "dropout: each layer draws from its own result"
-        first = _half_of(x, channels, layer.norm1, layer.relu1, layer.conv1)
-        second = _half_of(x, layer.conv1.out_channels, layer.norm2, layer.relu2, layer.conv2)
-        for half, act, conv in (
-            (first, layer.relu1, layer.conv1),
-            (second, layer.relu2, layer.conv2),
+        halves, inside = [], channels
+        for norm, act, conv in (
+            (layer.norm1, layer.relu1, layer.conv1),
+            (layer.norm2, layer.relu2, layer.conv2),
         ):
+            half = _half_of(x, inside, norm, act, conv)
             if isinstance(half, str):
                 return half
             if act_of(act) != "relu" or conv.bias is not None or not _keeps_size(half[1], conv):
                 return "not a dense layer's ReLU and convolution"
-        found.append((first, second))
-        channels += layer.conv2.out_channels
+            halves.append(half)
+            inside = conv.out_channels
+        found.append(tuple(halves))
+        channels += inside
     batch = any(norm.batch_stats for halves in found for norm, _ in halves)
     if batch and x.numel() // max(1, x.shape[1]) <= 1:
         return "batch norm has an error for one value a channel"

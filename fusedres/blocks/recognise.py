@@ -62,6 +62,11 @@ class SE:
         return self.w2 is not None and self.pool == "mean"
 
 
+# As they were when this library was imported: a forward that is replaced on the class is no less
+# another one than that of a subclass.
+_CONV, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_NORM, _SYNC_NORM = _BatchNorm.forward, nn.SyncBatchNorm.forward
+
 _ACTS: dict[type, str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -69,6 +74,9 @@ _ACTS: dict[type, str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
+
+
+_ACT_FORWARDS = {kind: kind.forward for kind in (*_ACTS, nn.LeakyReLU, nn.GELU)}
 
 
 def symbolic(x) -> bool:
@@ -89,7 +97,7 @@ def hooked(module: nn.Module) -> str | None:
         or module._backward_pre_hooks
     ):
         return f"{type(module).__name__} has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return f"{type(module).__name__} has a patched forward"
     return None
 
@@ -117,9 +125,7 @@ def geometry_of(conv: nn.Module) -> Geometry | str:
     kind = type(conv)
     if not isinstance(conv, nn.Conv2d):
         return f"{kind.__name__} is not a Conv2d"
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{kind.__name__} has a forward of its own"
-    if (reason := hooked(conv)) is not None:
+    if (reason := _does_more(conv)) is not None:
         return reason
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
@@ -132,6 +138,13 @@ def geometry_of(conv: nn.Module) -> Geometry | str:
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return "its stride, padding or dilation is out of range"
     return stride, padding, dilation, conv.groups
+
+
+def _does_more(conv: nn.Conv2d) -> str | None:
+    kind = type(conv)
+    if kind.forward is not _CONV or kind._conv_forward is not _CONV_FORWARD:
+        return f"{kind.__name__} has a forward of its own"
+    return hooked(conv)
 
 
 def _pair(value: Sequence[int]) -> list[int]:
@@ -156,8 +169,8 @@ def norm_of(norm: nn.Module | NormPart) -> Norm | str:
         return Norm(
             norm, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, False
         )
-    plain = isinstance(norm, nn.BatchNorm2d) and kind.forward is _BatchNorm.forward
-    if isinstance(norm, nn.SyncBatchNorm) and kind.forward is nn.SyncBatchNorm.forward:
+    plain = isinstance(norm, nn.BatchNorm2d) and kind.forward is _NORM
+    if isinstance(norm, nn.SyncBatchNorm) and kind.forward is _SYNC_NORM:
         if norm.training or norm.running_mean is None:
             return "SyncBatchNorm takes its statistics across processes in training"
     elif not plain:
@@ -179,7 +192,7 @@ def act_of(act: nn.Module | str | None) -> str | None:
     """The name of an activation the kernels have; None for one that must run by itself."""
     if act is None or isinstance(act, str):
         return act or "identity"
-    if hooked(act) is not None:
+    if hooked(act) is not None or type(act).forward is not _ACT_FORWARDS.get(type(act)):
         return None
     if type(act) is nn.LeakyReLU and act.negative_slope == 0.01:
         return "leaky_relu"
@@ -205,7 +218,7 @@ def not_pointwise(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__} is not a plain 1x1 convolution"
     if not layer.kernel_size == layer.stride == (1, 1):
         return f"{type(layer).__name__} is not a plain 1x1 convolution"
-    return hooked(layer)
+    return _does_more(layer)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -146,7 +146,9 @@ class _DenseBlock(torch.autograd.Function):
         buffer, *saved = ctx.saved_tensors
         tensors, rest = saved[: TENSORS * count], saved[TENSORS * count :]
         needed = ctx.needs_input_grad[1:]
-        if by_reference("dense_grad", buffer):
+        # is_grads_batched has no rule for ops that write into their arguments
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+        if batched or by_reference("dense_grad", buffer):
             grads = _differentiable_backward(ctx, buffer, tensors, dy, needed)
         else:
             grads = _backward(ctx, buffer, tensors, rest[:2], rest[2:], dy)
