@@ -7,7 +7,6 @@ FULL=1 pytest benchmarks --benchmark-only             everything
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,44 +14,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import machine, results, run, show
+from . import machine, options, results, run, show
 from .clock import Clock
 from .inspection import NOTE as MEMORY_NOTE
 from .peers import Choice
-from .suites import SELECTIONS, Spec
+from .suites import Spec
 
 DEFAULT_SECONDS = {"smoke": 0.7, "table": 10.0, "full": 10.0}
 # Compiling takes longer than everything else in a smoke run together.
 DEFAULT_PEERS = {"smoke": "eager*,OpenVINO,onnxruntime,TensorRT,cuDNN*,apex"}
 RUN = pytest.StashKey[run.Run]()
 PROGRESS = pytest.StashKey[show.Progress]()
+INTERRUPTED = pytest.StashKey[bool]()
+SIGNALLED = 130  # the shell's exit status of a program that Ctrl-C ended
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fusedres benchmarks")
-    full = os.environ.get("FULL", "0") not in ("", "0")
-    add = group.addoption
-    add("--suite", choices=SELECTIONS, default="full" if full else "smoke",
-        help="which benchmarks: smoke (minutes), table (what goals are set for), full; FULL=1"
-        " makes full the default")  # fmt: skip
-    add("--peers", help="patterns of peers to compare with, by commas, as 'eager*,OpenVINO'")
-    add("--seconds", type=_seconds, help="of timing each competitor of a benchmark")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch (all cores)")
-    add("--results", type=Path, default=Path("build/benchmarks.json"), help="file to write")
-    add("--resume", action="store_true",
-        help="keep what --results holds from the same commit and settings")  # fmt: skip
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return value
+    options.declare(parser.getgroup("fusedres benchmarks").addoption)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # OpenVINO, onnx and inductor still use it.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+    # Where a run is interrupted.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
     # Live progress stands in for pytest's own: one line a benchmark, rewritten.
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
@@ -61,23 +46,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    options = config.option
-    wanted = [item for item in items if _selected(item, options.suite)]
-    if options.collectonly:
+    given = config.option
+    wanted = [item for item in items if _selected(item, given.suite)]
+    if given.collectonly:
         items[:] = wanted
         return
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(given.threads)
     settings = {
-        "suite": options.suite,
-        "seconds": options.seconds or DEFAULT_SECONDS[options.suite],
-        "peers": options.peers or DEFAULT_PEERS.get(options.suite, "*"),
+        "suite": given.suite,
+        "seconds": given.seconds or DEFAULT_SECONDS[given.suite],
+        "peers": given.peers or DEFAULT_PEERS.get(given.suite, "*"),
         "units": "seconds and bytes; a ratio is the peer's time over ours, of the medians",
         "halves": "the same ratio of the first and of the second half of the rounds",
         "tie": "the halves differ by more than the ratio differs from 1",
         "memory": MEMORY_NOTE,
     }
     try:
-        config.stash[RUN] = the_run = run.Run(options.results, settings, resume=options.resume)
+        config.stash[RUN] = the_run = run.Run(given.results, settings, resume=given.resume)
     except results.ResultError as error:
         raise pytest.UsageError(f"--resume: {error}") from None
     left = [item for item in wanted if _spec(item) is None or _spec(item).id not in the_run.done]
@@ -141,13 +126,34 @@ def race(benchmark, clocks, request):
     torch.compiler.reset()
 
 
+# Ctrl-C ends a run as its end does: what was measured is written, and one line says so.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        session.config.stash[INTERRUPTED] = True
+        session.items = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        session.config.stash[INTERRUPTED] = True
+        return True
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if RUN not in config.stash:
-        return
-    config.stash[PROGRESS].end()
-    the_run = config.stash[RUN]
-    if the_run.found["rows"]:
+    the_run = config.stash.get(RUN, None)
+    if PROGRESS in config.stash:
+        config.stash[PROGRESS].end()
+    if INTERRUPTED in config.stash:
+        there = "nothing has been measured" if the_run is None else the_run.how_to_go_on()
+        terminalreporter.line(f"interrupted: {there}")
+    elif the_run is not None and the_run.found["rows"]:
         terminalreporter.section("fusedres and its peers, in turns")
         show.table(the_run.found, terminalreporter._tw._file)
         terminalreporter.line(f"written to {the_run.path}")
@@ -156,6 +162,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Everything measured before: nothing is left to run, and that is no failure."""
+    if INTERRUPTED in session.config.stash:
+        session.exitstatus = SIGNALLED
     nothing_left = RUN in session.config.stash and session.config.stash[RUN].done
     if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and nothing_left:
         session.exitstatus = pytest.ExitCode.OK

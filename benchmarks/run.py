@@ -39,9 +39,8 @@ class Run:
             before = results.load(path)
             for key in SAME:
                 if before[key] != self.found[key]:
-                    raise results.ResultError(
-                        f"{path}: {key}: {before[key]!r} there, {self.found[key]!r} now"
-                    )
+                    changed = _changed(key, before[key], self.found[key])
+                    raise results.ResultError(f"{path}: {', '.join(changed)}")
             self.found["rows"] = [row for row in before["rows"] if row["status"] == "measured"]
 
     @property
@@ -52,6 +51,14 @@ class Run:
         self.found["rows"].append(row)
         results.save(self.path, self.found)
 
+    def how_to_go_on(self) -> str:
+        count = len(self.found["rows"])
+        if not count:
+            return "nothing has been measured"
+        there = "1 result is" if count == 1 else f"{count} results are"
+        again = "the same command with --resume goes on (make bench: with ARGS=--resume)"
+        return f"{there} in {self.path}; {again}"
+
     def estimate(self, ids: Iterable[str]) -> float:
         """Seconds that the benchmarks may take: as recorded last on this CPU, else a guess."""
         recorded: dict[str, float] = {}
@@ -60,6 +67,14 @@ class Run:
                 recorded |= {row["id"]: row["took_seconds"] for row in found["rows"]}
         guess = 3 * self.settings["seconds"] + CHECK_SECONDS
         return sum(recorded.get(id, guess) for id in ids)
+
+
+def _changed(key: str, before: object, now: object) -> list[str]:
+    """What differs, named; of two dictionaries only the entries that do."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [f"{key}: {before!r} there, {now!r} now"]
+    keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return [f"{key}.{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in keys]
 
 
 def measure(

@@ -19,7 +19,6 @@ from .machine import devices, has_bf16_convolution
 from .networks import IMAGE, Conv, network
 from .peers import EAGER, ONNXRUNTIME, OPENVINO, Choice
 
-SELECTIONS = ("smoke", "table", "full")
 BATCH = {"cpu": 8, "cuda": 256}
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES_OF = ("resnet18", "resnet50", "se_resnet50")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from . import dispatch, models
 DTYPES = {str(d).removeprefix("torch."): d for d in dispatch.DTYPES}
 MODELS = [name for name in models.__all__ if name.islower()]
 USER_ERROR = 2  # argparse's own exit code
+INTERRUPTED = 130  # the shell's, after Ctrl-C
 _BENCH_OPTIONS = ("--benchmark-only", "--benchmark-quiet", "-q")  # they print a table of their own
 
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     doctor = commands.add_parser("doctor", help="what this machine can run, and why not the rest")
     doctor.add_argument("--json", action="store_true", help="for programs")
-    # Help and all other arguments of these two are for the program that they start.
+    # All arguments of these two, help included, are read elsewhere.
     commands.add_parser(
         "demo", add_help=False, help="train plain and fused blocks on real images, and compare"
     )
@@ -170,15 +171,33 @@ def _bench(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
+    if {"-h", "--help"} & {*arguments}:
+        return _bench_help(folder)
     missing = [m for m in ("pytest", "pytest_benchmark") if importlib.util.find_spec(m) is None]
     if missing:
         print(f"the benchmarks need {' and '.join(missing)}", file=sys.stderr)
         return USER_ERROR
-    command = [sys.executable, "-m", "pytest", str(folder), *_BENCH_OPTIONS, *arguments]
-    return subprocess.call(command)
+    import pytest  # here: it is no dependency
+
+    try:
+        return int(pytest.main([str(folder), *_BENCH_OPTIONS, *arguments]))
+    except KeyboardInterrupt:  # before the run; one inside of it is told by the benchmarks
+        print("interrupted: nothing has been measured", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _bench_help(folder: Path) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedres bench",
+        description="Run the benchmarks, each competitor in turns.",
+        epilog="pytest's options work too, -k NAME among them: see python -m pytest --help",
+    )
+    runpy.run_path(str(folder / "options.py"))["declare"](parser.add_argument)
+    parser.print_help()
+    return 0
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
+    if hasattr(signal, "SIGPIPE") and "bench" not in sys.argv[1:2]:  # which talks to processes
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
     sys.exit(main())

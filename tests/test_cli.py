@@ -210,12 +210,29 @@ def test_demo_gets_its_arguments(monkeypatch):
 
 def test_bench_runs_pytest_on_the_benchmarks(monkeypatch):
     got = []
-    monkeypatch.setattr(subprocess, "call", lambda command: got.append(command) or 5)
+    monkeypatch.setattr(pytest, "main", lambda arguments: got.append(arguments) or 5)
     assert run("bench", "-k", "bn_act") == 5
-    (command,) = got
-    assert command[:3] == [sys.executable, "-m", "pytest"]
-    assert list(Path(command[3]).glob("bench_*.py"))
-    assert command[4:] == ["--benchmark-only", "--benchmark-quiet", "-q", "-k", "bn_act"]
+    ((folder, *rest),) = got
+    assert list(Path(folder).glob("bench_*.py"))
+    assert rest == ["--benchmark-only", "--benchmark-quiet", "-q", "-k", "bn_act"]
+
+
+def test_bench_help_is_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(pytest, "main", None)
+    assert run("bench", "--help") == 0
+    printed = capsys.readouterr().out
+    options = "--suite", "--peers", "--seconds", "--threads", "--results", "--resume"
+    assert all(option in printed for option in options)
+    assert "python -m pytest --help" in printed and len(printed.splitlines()) < 30
+
+
+def test_bench_interrupted_while_it_starts(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pytest, "main", interrupted)
+    assert run("bench") == 130
+    assert capsys.readouterr().err == "interrupted: nothing has been measured\n"
 
 
 def test_bench_outside_a_checkout(monkeypatch, capsys, tmp_path):

@@ -138,6 +138,12 @@ def test_a_plain_network_is_not_fused():
     assert "Conv2d" not in {r.op for r in fused.rows}
 
 
+def test_an_unfused_model_of_this_library_can_be_fused_again():
+    model = fusedres.unfuse(fusedres.models.resnet18(num_classes=5))
+    reasons = {r.reason for r in explain(model, torch.randn(2, 3, 32, 32)).rows}
+    assert reasons == {"not in a fused block: call fusedres.fuse on the model", None}
+
+
 class Own(nn.Module):
     """A model's own module, which ``fuse`` cannot know."""
 

@@ -51,7 +51,7 @@ def why_left_alone(module: nn.Module) -> str | None:
     kind = type(module)
     if is_fused(module):
         return None
-    if fusing_recipe(module) is not None:
+    if recipe_of(module) in UNFUSING or fusing_recipe(module) is not None:
         return "call fusedres.fuse on the model"
     if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
         return f"{kind.__name__} holds no convolution followed by a batch norm"

@@ -1,4 +1,4 @@
-"""``nn.Sequential`` and its subclasses that hold a convolution followed by a norm."""
+"""``nn.Sequential`` and its subclasses that hold a convolution followed by a batch norm."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Recognised are the residual blocks of torchvision, timm and transformers (ResNet, ResNeXt,
     Wide ResNet, SENet, RegNet), their stems, torchvision's DenseNet, ``nn.Sequential`` runs of
-    convolution, norm and activation, squeeze-excite modules wherever they stand, and
+    convolution, batch norm and activation, squeeze-excite modules wherever they stand, and
     ``nn.TransformerEncoderLayer``. Inside a block, what has no fused op runs as the module it is.
     A subclass that overrides ``forward`` is left alone.
 
@@ -56,7 +56,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not any(is_fused(m) or recipe_of(m) or fusing_recipe(m) for m in modules):
         raise ValueError(
             "model: wanted residual blocks of torchvision, timm or transformers, convolutions "
-            "followed by a norm in an nn.Sequential, squeeze-excite modules, or "
+            "followed by a batch norm in an nn.Sequential, squeeze-excite modules, or "
             "nn.TransformerEncoderLayer, "
             f"got a {type(model).__name__} of {kinds(model)}"
         )
