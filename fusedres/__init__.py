@@ -1,4 +1,4 @@
-"""Residual networks, faster and unchanged: fused drop-in blocks for torch.nn."""
+"""Drop-in residual blocks for PyTorch: fewer passes over memory, the same numbers."""
 
 from . import functional, models
 from .blocks import (
