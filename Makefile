@@ -1,8 +1,7 @@
 # `make` lists the targets. `make demo` and `make test` do all their own set-up.
 #
 # PYTHON=python3.12 make test        another interpreter for the virtual environment
-# NO_VENV=1 PYTHON=python make test  that environment as it is: nothing is installed, the network
-#                                    is not touched, the library is built in place
+# NO_VENV=1 PYTHON=python make test  that environment as it is: installs nothing, needs no network
 # ARGS="-k bn_act -x" make test      arguments for the command that the target runs
 #
 # torch is pinned in requirements/build.txt, and pip takes the build of it that its index offers:
@@ -47,6 +46,7 @@ endif
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo; sed -n '3,/^#$$/s/^# /  /p' $(MAKEFILE_LIST)
 
 demo: build $(DEMO_READY) ## train on real images with plain and with fused blocks, and compare
 	$(PY) -m fusedres demo $(ARGS)

@@ -123,11 +123,13 @@ def _propagation(args: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     try:
         found = propagation(*_model_and_images(args, _device(args.device, parser)))
         if args.plot:
-            found.plot(args.plot)
+            found.plot(args.plot, f"{args.model}, {args.dtype}: signal and gradient by block")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"cannot measure {args.model}: {error}", file=sys.stderr)
         return USER_ERROR
     print(found)
+    if args.plot:
+        print(f"written to {args.plot}")
     return 0 if found.ok else 1
 
 

@@ -161,6 +161,7 @@ def test_doctor_without_the_library(monkeypatch, capsys):
     found = findings(capsys)
     assert found["native library"]["reason"] == "_C.so is not built"
     assert found["backend native"]["reason"] == "_C.so is not built"
+    assert found["GPU kernels"]["reason"] == "they are in the native library"
     assert "CPU kernels" not in found and found["backend reference"]["available"]
 
 

@@ -145,8 +145,11 @@ def test_fused_blocks_move_and_keep_less():
 
 def test_medians_interleave():
     calls: list[str] = []
-    times = measure.median_seconds([lambda: calls.append("a"), lambda: calls.append("b")], rounds=4)
+    turns = [lambda: calls.append("a"), lambda: calls.append("b")]
+    rounds = []
+    times = measure.median_seconds(turns, 4, lambda: rounds.append(len(calls)))
     assert len(times) == 2 and min(times) >= 0
+    assert rounds == [2 * (i + 1) for i in range(measure.all_rounds(4))]
     assert calls == ["b", "a", "a", "b"] * 3
 
 
@@ -202,6 +205,21 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys):
     assert "--out: cannot make the folder" in capsys.readouterr().err
 
 
+def test_stages_on_a_terminal_are_bars():
+    from rich.console import Console
+
+    from fusedres.demo.stages import Stages
+
+    text = io.StringIO()
+    with Stages(Console(file=text, force_terminal=True, width=100)) as stages:
+        step = stages.begin("training", 2)
+        step("loss 2.0")
+        step()
+        stages.begin("timing", 3)("half")
+    assert "2/2" in text.getvalue() and "1/3" in text.getvalue() and "half" in text.getvalue()
+    assert "training: 2 steps" not in text.getvalue()
+
+
 def _drawn_colours(png: Path) -> set[tuple[int, ...]]:
     from PIL import Image
 
@@ -219,6 +237,8 @@ def test_a_whole_run(tmp_path: Path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert code == 0, text
     assert text.count("PASS") == 3
+    for stage in ("exactness, float64: 32", "plain PyTorch blocks: 44", "timing, taking turns: 10"):
+        assert f"{stage} steps\n" in text  # no terminal: a line a stage
     accuracies = [float(a) for a in re.findall(r"(\d+\.\d+)%", text)]
     assert len(accuracies) == 2 and min(accuracies) >= 97
     for chart in ("loss_curves.png", "speed.png"):

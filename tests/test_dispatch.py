@@ -31,6 +31,7 @@ def test_backends_tells_what_is_available():
     assert list(found) == ["native", "triton", "reference"]
     assert found["native"] is None and found["reference"] is None
     assert found["triton"] and isinstance(found["triton"], str)
+    assert "x is" not in found["triton"]  # the caller gave none
 
 
 def test_auto_takes_the_first_that_can():

@@ -16,6 +16,7 @@ BATCH = 128
 LEARNING_RATE = 0.1
 FIRST_STEPS = 8
 FIRST_BATCH = 32
+WARM_UP = 2  # rounds that fill caches and pick algorithms
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,26 @@ def compare_first_steps(
     return FirstSteps(plain32, fused32, fused64, allowed)
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+def all_rounds(rounds: int) -> int:
+    """The first ones included, which are not timed."""
+    return WARM_UP + rounds
+
+
+def median_seconds(
+    calls: Sequence[Callable[[], object]], rounds: int, on_round: Callable[[], None]
+) -> list[float]:
     """The median time of each call, the calls taking turns so that both meet the same machine."""
     times: list[list[float]] = [[] for _ in calls]
-    for round_ in range(rounds + 2):
+    for round_ in range(all_rounds(rounds)):
         order = list(enumerate(calls))
         for index, call in order if round_ % 2 else reversed(order):
             _synchronize()
             start = time.perf_counter()
             call()
             _synchronize()
-            if round_ >= 2:  # the first two rounds fill caches and pick algorithms
+            if round_ >= WARM_UP:
                 times[index].append(time.perf_counter() - start)
+        on_round()
     return [statistics.median(t) for t in times]
 
 

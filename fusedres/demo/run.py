@@ -101,6 +101,9 @@ def networks(seed: int) -> tuple[DigitsNet, DigitsNet]:
 def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from . import plots, tables
+    from .stages import Stages
+
     console = Console()
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -110,18 +113,16 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(images.train_y)} training and {len(images.test_y)} test images of 16x16; "
         f"{sum(p.numel() for p in plain.parameters()):,} parameters; float32 on {_name(device)}"
     )
-    first, losses = _train_all(console, plain, fused, images, args)
-    accuracies = [measure.accuracy(m, images) for m in (plain, fused)]
-    weights = measure.largest_difference(list(plain.parameters()), list(fused.parameters()))
-    checkpoint = args.out / "plain.pt"
-    torch.save(plain.state_dict(), checkpoint)
-    served = networks(args.seed)[1].to(device, memory_format=torch.channels_last)
-    served.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
-    inference = compare_inference(plain, served, images)
-    with console.status("timing, the two taking turns"):
-        figures = _figures(plain, fused, served, images)
-
-    from . import plots, tables
+    with Stages(console) as stages:
+        first, losses = _train_all(stages, plain, fused, images, args)
+        accuracies = [measure.accuracy(m, images) for m in (plain, fused)]
+        weights = measure.largest_difference(list(plain.parameters()), list(fused.parameters()))
+        checkpoint = args.out / "plain.pt"
+        torch.save(plain.state_dict(), checkpoint)
+        served = networks(args.seed)[1].to(device, memory_format=torch.channels_last)
+        served.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
+        inference = compare_inference(plain, served, images)
+        figures = _figures(stages, plain, fused, served, images)
 
     console.print(tables.training(accuracies, losses, weights))
     console.print(tables.exactness(first, inference))
@@ -135,28 +136,19 @@ def _run(args: argparse.Namespace) -> int:
     return tables.verdict(console, accuracies, LEAST_ACCURACY, first, inference)
 
 
-def _train_all(console, plain, fused, images, args):
-    """The first steps in both precisions, then both whole trainings, under one progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn()
+def _train_all(stages, plain, fused, images, args):
+    """The first steps in both precisions, then both whole trainings."""
+    step = stages.begin("exactness, float64", 4 * measure.FIRST_STEPS)
+    first = measure.compare_first_steps(plain, fused, images, args.seed, step)
+    steps = args.epochs * measure.steps_per_epoch(images)
     losses = []
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
-                  console=console) as progress:  # fmt: skip
-        task = progress.add_task("exactness, float64", total=4 * measure.FIRST_STEPS, note="")
-        first = measure.compare_first_steps(
-            plain, fused, images, args.seed, lambda: progress.advance(task)
-        )
-        steps = args.epochs * measure.steps_per_epoch(images)
-        for name, model in (("plain PyTorch blocks", plain), ("fusedres blocks", fused)):
-            task = progress.add_task(name, total=steps, note="")
-            training = measure.Training(
-                model, images, steps=steps, batch=measure.BATCH, seed=args.seed
-            )
-            losses.append([])
-            for _ in range(steps):
-                losses[-1].append(training.step())
-                progress.update(task, advance=1, note=f"loss {losses[-1][-1]:.4f}")
+    for name, model in (("plain PyTorch blocks", plain), ("fusedres blocks", fused)):
+        step = stages.begin(name, steps)
+        training = measure.Training(model, images, steps=steps, batch=measure.BATCH, seed=args.seed)
+        losses.append([])
+        for _ in range(steps):
+            losses[-1].append(training.step())
+            step(f"loss {losses[-1][-1]:.4f}")
     return first, losses
 
 
@@ -170,15 +162,19 @@ def compare_inference(plain: nn.Module, fused: nn.Module, images: measure.Images
     return Inference(*errors, allowed=2 * errors[0] + floor)
 
 
-def _figures(plain, fused, served, images):
+def _figures(stages, plain, fused, served, images):
     """Time, memory, kernels and traffic of both networks on the same batch."""
     from .plots import Bars
 
     x = measure.channels_last(images.train_x[: measure.BATCH])
     y = images.train_y[: measure.BATCH]
     both = plain, fused
-    step = measure.median_seconds([measure.training_call(m, x, y) for m in both], ROUNDS)
-    infer = measure.median_seconds([measure.inference_call(m, x) for m in (plain, served)], ROUNDS)
+    calls = (
+        [measure.training_call(m, x, y) for m in both],
+        [measure.inference_call(m, x) for m in (plain, served)],
+    )
+    on_round = stages.begin("timing, taking turns", len(calls) * measure.all_rounds(ROUNDS))
+    step, infer = (measure.median_seconds(pair, ROUNDS, on_round) for pair in calls)
     saved = [measure.saved_for_backward(m, x, y) / MIB for m in both]
     traffic = [training_traffic(copy.deepcopy(m).train(), x, y) for m in both]
     figures = [

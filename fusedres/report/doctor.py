@@ -75,6 +75,8 @@ def _library() -> Iterator[Finding]:
 def _gpu_kernels() -> Finding:
     """The library's CUDA kernels, by what it says and by what is in the file."""
     inside = native.cuda_inside()
+    if native.load_error() is not None:
+        return Finding("GPU kernels", "none", False, "they are in the native library")
     if inside is None:
         return Finding("GPU kernels", "none", False, "the library holds CPU kernels only")
     (major, minor), archs = inside
@@ -182,7 +184,7 @@ def _nvcc() -> str | None:
 def _backends() -> Iterator[Finding]:
     for name, reason in dispatch.backends().items():
         reason = reason or _trial(name)
-        value = "runs bn_act" if reason is None else ""
+        value = "works: tried with batch_norm_act" if reason is None else ""
         yield Finding(f"backend {name}", value, reason is None, reason)
 
 

@@ -66,11 +66,14 @@ class Propagation:
             where = f"{run.blocks[0]} to {run.blocks[-1]} ({len(run.blocks)} blocks)"
             lines.append(f"{where}: {sums} (allowed {run.tolerance:.1e}): {verdict}")
         if not self.runs:
-            lines.append("no identity mappings: the sums do not hold in this architecture")
+            lines.append("no block is an identity mapping, so there is no sum to check: norms only")
         return "\n".join(lines)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the norms over the blocks into a file; the suffix is the format.
+
+        Args:
+            title: above them, as the model's name.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -90,6 +93,8 @@ class Propagation:
             axes.set_yscale("log")
             axes.set_ylabel("L2 norm")
             axes.legend()
+        if title:
+            signal.set_title(title)
         gradient.set_xlabel("block")
         gradient.set_xticks(list(index), [b.name for b in self.blocks], rotation=90, fontsize=6)
         figure.savefig(path)
