@@ -211,7 +211,9 @@ def _names(axes, ticks: list[tuple[float, str]]) -> None:
 
 def _plain_ticks(axes, ratios: list[float], which: str = "x") -> None:
     """A logarithmic axis of ratios with ticks that read as such."""
-    low, high = min(*ratios, 0.8) / 1.15, max(*ratios, 1.2) * 1.25
+    low, high = min(*ratios, 0.8), max(*ratios, 1.2)
+    label = (high / low) ** 0.09  # a share of the axis, for the labels at its ends
+    low, high = low / max(1.15, label), high * max(1.25, label)
     steps = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
     if high / low < 3:
         steps = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)

@@ -110,6 +110,18 @@ def test_a_result_without_data_has_no_chart(tmp_path):
     assert report.main([path, "--html", str(tmp_path / "page.html")]) == 0
 
 
+@pytest.mark.parametrize("slowest,fastest", [(0.9, 1.1), (0.56, 14.7)])
+def test_labels_stay_inside_of_the_axes(slowest, fastest):
+    competitors = {OURS: figures(1.0), EAGER: peer(1.0, fastest), "other": peer(1.0, slowest)}
+    figure = charts.speed_up(result(row("resnet50-training-b8-fp32", competitors)))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    inside = axes.get_window_extent()
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert len(labels) == 2
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in labels)
+
+
 def test_history_is_of_one_machine():
     other = _recorded()
     other["machine"] = other["machine"] | {"threads": 64}
