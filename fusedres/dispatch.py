@@ -260,5 +260,4 @@ def available_on(name: str) -> tuple[torch.device | None, str | None]:
         reason = BACKENDS[name]("bn_act", probe)
         if reason is None:
             return probe.device, None
-    # A user knows of no x: it is the probe, on the last device that this machine has.
-    return None, reason.replace(", x is on cpu", "; PyTorch finds none here")
+    return None, reason

@@ -138,9 +138,9 @@ def can_run(op: str, x: Tensor, *, by_name: bool) -> str | None:
     if x.device.type == "cuda":
         return device_reason(x.device.index)
     if x.device.type != "cpu":
-        return f"the kernels run on CUDA devices, x is on {x.device.type}"
+        return f"the kernels run on CUDA devices, not on {x.device.type}"
     if not by_name:
-        return "the kernels run on CUDA devices, x is on cpu"
+        return "the kernels run on CUDA devices, not on cpu"
     if not interpreted():
         return (
             "x is on cpu, where Triton only interprets kernels, for tests: set TRITON_INTERPRET=1"

@@ -66,8 +66,8 @@ def test_a_cuda_tensor_goes_to_triton(gpu):
     (dict(capability=(12, 0)), on("cuda:0"), None),
     (dict(interpreted=True), on("cuda:0"), "TRITON_INTERPRET is set"),
     (dict(), on("cuda:0", torch.float64), "float64 runs on the reference"),
-    (dict(), on("xpu:0"), "run on CUDA devices, x is on xpu"),
-    (dict(), on("cpu"), "run on CUDA devices, x is on cpu"),
+    (dict(), on("xpu:0"), "run on CUDA devices, not on xpu"),
+    (dict(), on("cpu"), "run on CUDA devices, not on cpu"),
 ], ids=str)  # fmt: skip
 def test_reasons(machine, x, wanted, gpu):
     gpu(**machine)
