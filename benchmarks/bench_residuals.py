@@ -109,8 +109,9 @@ WORKS = (
     _work("add_layer_norm", partial(AddNorm, False), partial(AddNorm, True), (2, 4096, 768)),
     _layer("encoder_layer_post_norm", False),
     _layer("encoder_layer_pre_norm", True),
-    # No deeper one: over twelve layers a rounding turns a ReLU in one execution and not in another.
-    _dense("dense_block", 6, 64, 56),
+    # No larger one: a rounding that turns one ReLU of millions moves a gradient, and the executions
+    # of PyTorch itself then differ by far more than the accuracy rule allows.
+    _dense("dense_block", 6, 256, 14),
     _work("highway", *_highways, (1024, 512)),
     _work("highway_conv", *_convs, (8, 64, 28, 28)),
     _work("lstm_cell", *_cells, (64, 256)),
