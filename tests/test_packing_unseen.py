@@ -98,3 +98,14 @@ def test_one_convolution_under_several_norms_is_packed_once_for_each():
         fused[0][1].running_mean = torch.zeros(16)
         fused[0](x)
         assert len(entries) == 2  # those of norms that are gone go with the next one
+
+
+def test_what_was_folded_from_tensors_that_are_gone_is_let_go():
+    """A gain that moves makes a new weight of the norm each time; the statistics stay."""
+    block = fusedres.BasicBlock(16, 16, residual_scale=fusedres.ResidualScale(16, 0.5)).eval()
+    x = randn(X)
+    with torch.no_grad():
+        for _ in range(6):
+            block.residual_scale.weight.mul_(0.9)
+            block(x)
+    assert len(packing._cache[block.conv2.weight.untyped_storage()]) <= 2

@@ -31,7 +31,7 @@ class _Entry:
     stamp: tuple
     whole: int  # the fingerprint of every value
     steps: int  # of fused optimizers, when that was looked at
-    source: weakref.ref  # to the memory of the norm's statistics, which goes with the norm
+    sources: list[weakref.ref]  # to the memory of what was folded in: the entry goes with any of it
     layouts: dict[tuple, Layouts] = field(default_factory=dict)  # by dtype, eps and geometry
 
 
@@ -91,7 +91,7 @@ def _layouts(tensors: Tensors, eps: float, dtype: torch.dtype, geometry: Geometr
 
 def _entry_of(tensors: Tensors) -> _Entry:
     """What was made from these tensors as they are, or a new entry in its place."""
-    weight, mean = tensors[0], tensors[4]
+    weight = tensors[0]
     memory = weight.untyped_storage()
     shares = memory.nbytes() != weight.numel() * weight.element_size()
     versions = (None if t is None else (t.data_ptr(), _version(t)) for t in tensors)
@@ -103,10 +103,10 @@ def _entry_of(tensors: Tensors) -> _Entry:
         if entry.steps == _fused_steps or entry.whole == _fingerprint(tensors, whole=True):
             entry.steps = _fused_steps
             return entry
-    for dead in [k for k, e in entries.items() if e.source() is None]:
+    for dead in [k for k, e in entries.items() if not all(ref() is not None for ref in e.sources)]:
         del entries[dead]
-    whole, source = _fingerprint(tensors, whole=True), weakref.ref(mean.untyped_storage())
-    entries[key] = _Entry(stamp, whole, _fused_steps, source)
+    sources = [weakref.ref(t.untyped_storage()) for t in tensors[1:] if t is not None]
+    entries[key] = _Entry(stamp, _fingerprint(tensors, whole=True), _fused_steps, sources)
     return entries[key]
 
 
