@@ -60,10 +60,11 @@ Tensors2 highway_backward(Tensor dy, Tensor parts, Tensor x, std::string act, bo
 Tensors2 lstm_cell(Tensor gates, Tensor c, bool forget_gate);
 Tensors2 lstm_cell_backward(Tensor gates, Tensor c, OptTensor dh, OptTensor dc, bool forget_gate);
 
-Tensor dense_load(Tensor buffer, Tensor mean, Tensor var, OptTensor weight, OptTensor bias,
-                  int64_t channels, double eps);
-Tensors2 dense_grad(Tensor dbuffer, Tensor dh, Tensor buffer, Tensor mean, Tensor var,
-                    OptTensor weight, OptTensor bias, double eps);
+void dense_store(Tensor buffer, Tensor x, OptTensor mean, OptTensor var, int64_t start);
+void dense_load(Tensor h, Tensor buffer, Tensor mean, Tensor var, OptTensor weight, OptTensor bias,
+                double eps);
+Tensors2 dense_grad(Tensor dbuffer, OptTensor q, OptTensor r, Tensor dh, Tensor buffer, Tensor mean,
+                    Tensor var, OptTensor weight, OptTensor bias, double eps);
 Tensor dense_finish(Tensor dbuffer, Tensor buffer, Tensor mean, Tensor q, Tensor r, int64_t start,
                     int64_t channels);
 

@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("highway_backward", TORCH_BOX(&fusedres::highway_backward));
   m.impl("lstm_cell", TORCH_BOX(&fusedres::lstm_cell));
   m.impl("lstm_cell_backward", TORCH_BOX(&fusedres::lstm_cell_backward));
+  m.impl("dense_store", TORCH_BOX(&fusedres::dense_store));
   m.impl("dense_load", TORCH_BOX(&fusedres::dense_load));
   m.impl("dense_grad", TORCH_BOX(&fusedres::dense_grad));
   m.impl("dense_finish", TORCH_BOX(&fusedres::dense_finish));

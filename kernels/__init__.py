@@ -48,6 +48,7 @@ LAUNCHERS = {
     "highway_backward": "highway",
     "lstm_cell": "lstm_cell",
     "lstm_cell_backward": "lstm_cell",
+    "dense_store": "dense_block",
     "dense_load": "dense_block",
     "dense_grad": "dense_block",
     "dense_finish": "dense_block",

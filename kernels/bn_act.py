@@ -102,6 +102,24 @@ def bn_act_bwd_whole_kernel(
         tl.store(dresidual_ptr + start + offs, u.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def gradient_sums(
+    part_u_ptr, part_ux_ptr, offs_c, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """fp64 sums over the parts of u and u * (x - mean), in a fixed order."""
+    sum_u = tl.zeros((BLOCK_C,), tl.float64)
+    sum_ux = tl.zeros((BLOCK_C,), tl.float64)
+    for p0 in range(0, parts, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        inside = (p < parts)[:, None] & (offs_c < C)[None, :]
+        offs = p[:, None].to(tl.int64) * C + offs_c[None, :]
+        u = tl.load(part_u_ptr + offs, mask=inside, other=0.0)
+        ux = tl.load(part_ux_ptr + offs, mask=inside, other=0.0)
+        sum_u += tl.sum(u.to(tl.float64), 0)
+        sum_ux += tl.sum(ux.to(tl.float64), 0)
+    return sum_u, sum_ux
+
+
 # Computes: dbias = sum u, dweight = rstd * sum u * (x - mean)
 # Reads:    part_u, part_ux [parts, C] fp32; var [C]
 # Writes:   dweight, dbias [C] fp32
@@ -116,16 +134,7 @@ def bn_act_bwd_merge_kernel(
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    sum_u = tl.zeros((BLOCK_C,), tl.float64)
-    sum_ux = tl.zeros((BLOCK_C,), tl.float64)
-    for p0 in range(0, parts, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        inside = (p < parts)[:, None] & mask_c[None, :]
-        offs = p[:, None].to(tl.int64) * C + offs_c[None, :]
-        u = tl.load(part_u_ptr + offs, mask=inside, other=0.0)
-        ux = tl.load(part_ux_ptr + offs, mask=inside, other=0.0)
-        sum_u += tl.sum(u.to(tl.float64), 0)
-        sum_ux += tl.sum(ux.to(tl.float64), 0)
+    sum_u, sum_ux = gradient_sums(part_u_ptr, part_ux_ptr, offs_c, parts, C, BLOCK_P, BLOCK_C)
     var = tl.load(var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float64)
     dweight = sum_ux / tl.sqrt(var + eps)
     tl.store(dweight_ptr + offs_c, dweight.to(tl.float32), mask=mask_c)

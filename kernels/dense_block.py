@@ -1,40 +1,62 @@
-"""The steps of a dense block on Triton: ``dense_load``, ``dense_grad`` and ``dense_finish``.
+"""The steps of a dense block: ``dense_store``, ``dense_load``, ``dense_grad``, ``dense_finish``.
 
 Layers read a growing slice of one buffer of channels, [N, LD, ...], and their gradients are added
-into another. One launch each; ``dense_grad`` has a second one, which merges its sums. That a
-channel's statistics are taken once, when it is written, is ``bn_stats`` of a layer's result.
+into another. One launch each; ``dense_store`` and ``dense_grad`` have a second one, which merges
+their sums: a channel's statistics are taken once, when it is written.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
 from .activations import act_backward, act_forward
-from .bn_act import bn_act_bwd_merge_kernel
-from .launch import Config, View, cdiv, launch, power_of_2, vector
-from .stats import MERGE_CHANNELS, MERGE_PARTS
+from .bn_act import gradient_sums
+from .dense_slice import Slice, slice_tile
+from .launch import Config, cdiv, launch, power_of_2
+from .passes import no_statistics
+from .stats import CONFIGS as STORE_CONFIGS
+from .stats import MERGE_CHANNELS, MERGE_PARTS, Moments, add_tile, batch_statistics
 from .stream import APPLY_CONFIGS, bn_scale
-from .tile import aligned, load_channels, locate, spread, sum_pixels, tile, tiles_here
+from .tile import aligned, load_channels, locate, spread, sum_pixels, tiles_here
 
 # One: dense_grad adds in place, which a measurement cannot repeat. Not measured on a GPU yet.
 GRAD_CONFIGS = (Config(4096, 64, 8),)
 
 
-@triton.jit
-def slice_tile(
-    n, c0, i0, C, LD, HW, NHWC: tl.constexpr, WIDE: tl.constexpr,
+# Computes: the slice of the buffer becomes x; mean and M2 of x over chunks of pixels, if wanted
+# Reads:    x [N, C, HW] once
+# Writes:   C channels of the buffer [N, LD, HW] once; mean, m2 [N, chunks, C] fp32
+# Traffic:  2*N*C*HW*sizeof(x) bytes; moments below 1% of it
+# Split:    one program = BLOCK_C channels of a chunk; moments as in bn_stats_kernel
+
+
+@triton.jit(do_not_specialize=["C", "LD", "HW", "tiles"])
+def dense_store_kernel(
+    x_ptr, y_ptr, mean_ptr, m2_ptr, C, LD, HW, tiles,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of a tile in a dense tensor of the slice's C channels, and in the buffer of LD."""
-    start, offs, inside = tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
-    first, buffer_offs, _ = tile(n, c0, i0, LD, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
-    return start + offs, first + buffer_offs, inside
+    LD, _ = aligned(LD, HW, NHWC, ALIGN)
+    C, HW = aligned(C, HW, NHWC, ALIGN)
+    n, c0, first, part = locate(tl.program_id(0), C, HW, tiles, NHWC, BLOCK_C, BLOCK_HW)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for t in range(tiles_here(first, HW, tiles, BLOCK_HW)):
+        i0 = first + t * BLOCK_HW
+        at, at_y, inside = slice_tile(n, c0, i0, C, LD, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        tl.store(y_ptr + at_y, x, mask=inside)
+        if mean_ptr is not None:
+            count = tl.minimum(HW - i0, BLOCK_HW).to(tl.float32)
+            before = 1.0 * t * BLOCK_HW
+            mean, m2 = add_tile(mean, m2, x.to(tl.float32), inside, before, count, NHWC)
+    if mean_ptr is not None:
+        offs_c = c0 + tl.arange(0, BLOCK_C)
+        tl.store(mean_ptr + part * C + offs_c, mean, mask=offs_c < C)
+        tl.store(m2_ptr + part * C + offs_c, m2, mask=offs_c < C)
 
 
 # Computes: h = relu(a * (x - mean) + bias), a = weight / sqrt(var + eps)
@@ -102,6 +124,39 @@ def dense_grad_kernel(
     tl.store(sum_ux_ptr + part * C + offs_c, sum_ux, mask=offs_c < C)
 
 
+# Computes: dbias = sum u, dweight = rstd * sum u * (x - mean); adds batch norm's q and r
+#           (csrc/bn_math.h) of the layer to those of its channels, if wanted
+# Reads:    part_u, part_ux [parts, C] fp32; weight, var, q, r [C]
+# Writes:   dweight, dbias, q, r [C] fp32
+# Traffic:  8*parts*C bytes
+# Split:    one program = BLOCK_C channels; fp64 sums in a fixed order
+
+
+@triton.jit(do_not_specialize=["parts", "C", "count"])
+def dense_grad_merge_kernel(
+    part_u_ptr, part_ux_ptr, weight_ptr, var_ptr, dweight_ptr, dbias_ptr, q_ptr, r_ptr,
+    parts, C, count, eps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    sum_u, sum_ux = gradient_sums(part_u_ptr, part_ux_ptr, offs_c, parts, C, BLOCK_P, BLOCK_C)
+    var = tl.load(var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float64)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    dweight = sum_ux * rstd
+    tl.store(dweight_ptr + offs_c, dweight.to(tl.float32), mask=mask_c)
+    tl.store(dbias_ptr + offs_c, sum_u.to(tl.float32), mask=mask_c)
+    if q_ptr is not None:
+        share = rstd / count
+        if weight_ptr is not None:
+            share *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float64)
+        q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0) - (share * rstd * dweight).to(
+            tl.float32
+        )
+        r = tl.load(r_ptr + offs_c, mask=mask_c, other=0.0) - (share * sum_u).to(tl.float32)
+        tl.store(q_ptr + offs_c, q, mask=mask_c)
+        tl.store(r_ptr + offs_c, r, mask=mask_c)
+
+
 # Computes: dy = dx + q * (x - mean) + r for the channels that one layer wrote
 # Reads:    C channels of x and dx in their buffers [N, LD, HW], once
 # Writes:   dy [N, C, HW] once
@@ -128,62 +183,46 @@ def dense_finish_kernel(
     tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
 
 
-class Slice(View):
-    """Some channels of a buffer [N, LD, ...]: ``c`` of its ``ld``, from ``start`` on."""
+def dense_store(
+    buffer: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, start: int
+) -> None:
+    view = Slice("dense_store", buffer, start, x.shape[1])
+    view.like("x", x)
+    mean, var = view.numbers(mean=mean, var=var)
+    if not x.numel():
+        for into, none in zip((mean, var), no_statistics(view), strict=True):
+            if into is not None:
+                into.copy_(none)
+        return
 
-    def __init__(self, op: str, buffer: Tensor, start: int, channels: int):
-        super().__init__(op, buffer, images=False)
-        if buffer.dim() != 4:
-            raise ValueError(f"{op}: buffer: wanted 4 dimensions, got {buffer.dim()}")
-        self.start, self.ld, self.c = start, self.c, channels
-        if not 0 <= start <= start + channels <= self.ld:
-            raise ValueError(
-                f"{op}: channels: wanted some of the buffer's {self.ld}, got {start} to"
-                f" {start + channels}"
-            )
+    def work(config: Config) -> Moments | None:
+        flags = view.flags(config)
+        chunk = view.chunk(flags)
+        parts, found = view.n * cdiv(view.hw, chunk), None
+        if mean is not None:
+            found = Moments(view.new(parts, view.c), view.new(parts, view.c), chunk, view.hw)
+        launch(
+            dense_store_kernel, view.programs(flags, chunk), x, view.of(buffer),
+            found and found.mean, found and found.m2, view.c, view.ld, view.hw,
+            chunk // flags["BLOCK_HW"], device=x.device, warps=config.warps, **flags,
+        )  # fmt: skip
+        return found
 
-    def flags(self, config: Config) -> dict[str, int | bool]:
-        flags = super().flags(config)
-        if self.nhwc:
-            flags["ALIGN"] = math.gcd(self.c, self.ld, 16)
-            flags["WIDE"] = self.ld * flags["BLOCK_HW"] >= 2**31
-        return flags
-
-    def of(self, buffer: Tensor) -> Tensor:
-        """The slice, whose first element's address a kernel is given."""
-        return buffer.narrow(1, self.start, self.c)
-
-    def dense(self) -> Tensor:
-        """A new tensor of the slice's shape."""
-        return torch.empty_like(self.of(self.x))
-
-    def like(self, name: str, t: Tensor) -> None:
-        """Check a tensor of the slice's shape: it must lie in memory as the buffer does."""
-        wanted = (self.images, self.c, *self.x.shape[2:])
-        layout = torch.channels_last if self.nhwc else torch.contiguous_format
-        if t.shape != wanted or t.dtype != self.x.dtype:
-            raise ValueError(
-                f"{self.op}: {name}: wanted {self.x.dtype} {wanted}, got {t.dtype} {tuple(t.shape)}"
-            )
-        if t.numel() and not t.is_contiguous(memory_format=layout):
-            raise ValueError(
-                f"{self.op}: {name}: wanted the buffer's memory layout (strides"
-                f" {self.x.stride()}), got strides {t.stride()}"
-            )
-
-    def parameters(self, **named: Tensor | None) -> list[Tensor | None]:
-        return [vector(self.op, name, t, self.c) for name, t in named.items()]
+    key = view.key("dense_store", view.ld, mean is not None)
+    found = tuning.run(key, STORE_CONFIGS, work, x.device)
+    if found is not None:
+        batch_statistics(found, into=(mean, var))
 
 
 def dense_load(
-    buffer: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    channels: int, eps: float,
-) -> Tensor:  # fmt: skip
-    view = Slice("dense_load", buffer, 0, channels)
+    h: Tensor, buffer: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    view = Slice("dense_load", buffer, 0, h.shape[1])
+    view.like("h", h)
     norm = view.parameters(mean=mean, var=var, weight=weight, bias=bias)
-    h = view.dense()
     if not h.numel():
-        return h
+        return
 
     def work(config: Config) -> None:
         flags = view.flags(config)
@@ -193,17 +232,17 @@ def dense_load(
         )  # fmt: skip
 
     tuning.run(view.key("dense_load", view.ld), APPLY_CONFIGS, work, h.device)
-    return h
 
 
 def dense_grad(
-    dbuffer: Tensor, dh: Tensor, buffer: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None,
-    bias: Tensor | None, eps: float,
+    dbuffer: Tensor, q: Tensor | None, r: Tensor | None, dh: Tensor, buffer: Tensor, mean: Tensor,
+    var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     view = Slice("dense_grad", buffer, 0, dh.shape[1])
     view.operand("dbuffer", dbuffer)
     view.like("dh", dh)
     norm = view.parameters(mean=mean, var=var, weight=weight, bias=bias)
+    deferred = view.numbers(q=q, r=r)
     dweight, dbias = view.new(view.c), view.new(view.c)
     if not dh.numel():
         return dweight.zero_(), dbias.zero_()
@@ -223,9 +262,9 @@ def dense_grad(
     sums = tuning.run(view.key("dense_grad", view.ld), GRAD_CONFIGS, work, dh.device)
     block_c = min(MERGE_CHANNELS, power_of_2(view.c))
     launch(
-        bn_act_bwd_merge_kernel, cdiv(view.c, block_c), *sums, norm[1], dweight, dbias,
-        sums[0].shape[0], view.c, eps, device=dh.device, warps=4, BLOCK_P=MERGE_PARTS,
-        BLOCK_C=block_c,
+        dense_grad_merge_kernel, cdiv(view.c, block_c), *sums, norm[2], norm[1], dweight, dbias,
+        *deferred, sums[0].shape[0], view.c, view.count, eps, device=dh.device, warps=4,
+        BLOCK_P=MERGE_PARTS, BLOCK_C=block_c,
     )  # fmt: skip
     return dweight, dbias
 

@@ -128,10 +128,12 @@ def moments(view: View) -> Moments:
     return tuning.run(view.key("bn_stats"), CONFIGS, work, view.x.device)
 
 
-def batch_statistics(found: Moments) -> tuple[Tensor, Tensor]:
+def batch_statistics(
+    found: Moments, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] fp32 over everything; NaN without values, as PyTorch's."""
     parts, c = found.mean.shape
-    mean, var = (found.mean.new_empty(c) for _ in "mv")
+    mean, var = into or (found.mean.new_empty(c) for _ in "mv")
     block_c = min(MERGE_CHANNELS, power_of_2(c))
     launch(
         bn_stats_merge_kernel, cdiv(c, block_c), found.mean, found.m2, mean, var, parts,

@@ -100,8 +100,12 @@ def gate_calls(dtype: torch.dtype, nhwc: bool) -> None:
 def dense_block_calls(dtype: torch.dtype, nhwc: bool) -> None:
     ops = triton_kernels.package().module("dense_block")
     x, p = meta((64, 256, 56, 56), dtype, nhwc), meta(224)
-    h = ops.dense_load(x, p, p, p, p, 224, 1e-5)
-    ops.dense_grad(x, h, x, p, p, p, p, 1e-5)
+    h, new = (meta((64, c, 56, 56), dtype, nhwc) for c in (224, 32))
+    numbers = meta(256)
+    ops.dense_store(x, new, numbers, numbers, 224)
+    ops.dense_store(x, new, None, None, 224)
+    ops.dense_load(h, x, p, p, p, p, 1e-5)
+    ops.dense_grad(x, numbers, numbers, h, x, p, p, p, p, 1e-5)
     ops.dense_finish(x, x, p[:32], p[:32], p[:32], 192, 32)
 
 

@@ -30,6 +30,7 @@ STREAMING = {
     "highway_bwd_kernel": ("dparts_ptr", "dx_ptr"),
     "lstm_cell_fwd_kernel": ("h_ptr", "c_new_ptr"),
     "lstm_cell_bwd_kernel": ("dgates_ptr", "dc_ptr"),
+    "dense_store_kernel": ("y_ptr",),
     "dense_load_kernel": ("h_ptr",),
     "dense_grad_kernel": ("dx_ptr",),
     "dense_finish_kernel": ("dy_ptr",),

@@ -113,8 +113,13 @@ def test_opcheck(layout):
     mean, var, weight, bias = (torch.rand(6) + 0.5 for _ in range(4))
     dh = randn((2, 6, 4, 5), layout=layout)
     check = torch.library.opcheck
-    check(torch.ops.fusedres.dense_load, (buffer, mean, var, weight, bias, 6, 1e-5))
-    check(torch.ops.fusedres.dense_grad, (dbuffer, dh, buffer, mean, var, weight, None, 1e-5))
+    q, r = torch.rand(9), torch.rand(9)
+    norm = mean, var, weight, None
+    check(torch.ops.fusedres.dense_store, (buffer, dh, q, r, 3))
+    check(torch.ops.fusedres.dense_store, (buffer, dh, None, None, 0))
+    check(torch.ops.fusedres.dense_load, (dh.clone(), buffer, *norm, 1e-5))
+    check(torch.ops.fusedres.dense_grad, (dbuffer, q, r, dh, buffer, *norm, 1e-5))
+    check(torch.ops.fusedres.dense_grad, (dbuffer, None, None, dh, buffer, *norm, 1e-5))
     check(torch.ops.fusedres.dense_finish, (dbuffer, buffer, mean, weight, bias, 2, 6))
 
 

@@ -29,39 +29,48 @@ CASES = {
 def tensors_of(shape, layout, count, dtype):
     n, _, *rest = shape
     tensors = dict(buffer=randn(shape, dtype, layout), dbuffer=randn(shape, dtype, layout))
-    tensors["dh"] = arrange(randn((n, count, *rest), dtype), layout)
+    for name in ("x", "dh", "h"):
+        tensors[name] = arrange(randn((n, count, *rest), dtype), layout)
+    for name in ("means", "vars", "q", "r"):
+        tensors[name] = channels(shape[1], low=-1, high=1)
     for name, low, high in (("mean", -1, 1), ("var", 0.5, 2), ("weight", -1, 1), ("bias", -1, 1)):
         tensors[name] = channels(count, low=low, high=high)
     return tensors
 
 
-def steps(ops, t, count: int, start: int, affine: bool) -> dict[str, torch.Tensor]:
-    """What the three steps make of one slice each; dbuffer is written to."""
-    weight, bias = (t["weight"], t["bias"]) if affine else (None, None)
+def steps(ops, t, count: int, start: int, plain: bool) -> dict[str, torch.Tensor]:
+    """What the four steps make of one slice each, and of what they change in place.
+
+    Args:
+        plain: without statistics of the batch, weight and bias.
+    """
+    weight, bias = (None, None) if plain else (t["weight"], t["bias"])
+    statistics, deferred = (t["means"], t["vars"]), (t["q"], t["r"])
+    if plain:
+        statistics = deferred = None, None
     norm = t["mean"], t["var"], weight, bias
-    found = {"y": ops.load(t["buffer"], *norm, count, 1e-5)}
+    ops.load(t["h"], t["buffer"], *norm, 1e-5)
     finished = ops.finish(
         t["dbuffer"], t["buffer"], t["mean"], t["weight"], t["bias"], start, count
     )
-    sums = ops.grad(t["dbuffer"], t["dh"], t["buffer"], *norm, 1e-5)
-    return (
-        found
-        | {"dfinished": finished, "dx": t["dbuffer"]}
-        | dict(zip(("dw", "db"), sums, strict=True))
-    )
+    sums = ops.grad(t["dbuffer"], *deferred, t["dh"], t["buffer"], *norm, 1e-5)
+    ops.store(t["buffer"], t["x"], *statistics, start)
+    changed = {"y": t["h"], "buffer": t["buffer"], "means": t["means"], "vars": t["vars"]}
+    gradients = {"dfinished": finished, "dx": t["dbuffer"], "dq": t["q"], "dr": t["r"]}
+    return changed | gradients | dict(zip(("dw", "db"), sums, strict=True))
 
 
 class Fused:
-    load, finish, grad = dense_buffer.load_op, dense_buffer.finish_op, dense_buffer.grad_op
+    store, load = dense_buffer.store_op, dense_buffer.load_op
+    finish, grad = dense_buffer.finish_op, dense_buffer.grad_op
 
 
 class Plain:
-    load, finish, grad = (
-        staticmethod(f) for f in (dense_buffer._load, dense_buffer._finish, dense_buffer._grad)
-    )
+    store, load = staticmethod(dense_buffer._store), staticmethod(dense_buffer._load)
+    finish, grad = staticmethod(dense_buffer._finish), staticmethod(dense_buffer._grad)
 
 
-def check_steps(case, device, dtype, affine=True) -> list[str]:
+def check_steps(case, device, dtype, plain=False) -> list[str]:
     shape, layout, count, start = CASES[case]
     tensors = tensors_of(shape, layout, count, dtype)
     doubles = {n: t.double() for n, t in tensors.items()}
@@ -69,35 +78,38 @@ def check_steps(case, device, dtype, affine=True) -> list[str]:
     on_device = to(device, tensors)
     poison_free_memory(on_device)
     with triton_on(device), triton_kernels.counted() as launched:
-        out = steps(Fused, on_device, count, start, affine)
-    eager, ref = (steps(Plain, t, count, start, affine) for t in (copies, doubles))
+        out = steps(Fused, on_device, count, start, plain)
+    eager, ref = (steps(Plain, t, count, start, plain) for t in (copies, doubles))
     pixels = shape[0] * shape[2] * shape[3]
     for name, value in out.items():
-        sums = pixels if name in ("dw", "db") else 1
+        sums = pixels if name in ("dw", "db", "dq", "dr", "means", "vars") else 1
         assert_same_format(value, eager[name])
         assert_as_accurate_as_eager(
-            value.cpu(), ref[name], eager[name], gradient=name != "y", count=sums, name=name
+            value.cpu(), ref[name], eager[name], gradient=name[0] == "d", count=sums, name=name
         )
-    untouched = "buffer", "dh", "mean", "var", "weight", "bias"
+    untouched = "x", "dh", "mean", "var", "weight", "bias"
     assert_same_bits({n: on_device[n].cpu() for n in untouched}, {n: copies[n] for n in untouched})
     return launched
 
 
-LOAD, FINISH = "dense_load_kernel", "dense_finish_kernel"
-GRAD = "dense_grad_kernel", "bn_act_bwd_merge_kernel"
+LOAD, FINISH, STORE = "dense_load_kernel", "dense_finish_kernel", "dense_store_kernel"
+GRAD = "dense_grad_kernel", "dense_grad_merge_kernel"
+STATISTICS = "bn_stats_merge_kernel"
 
 
 @executions
 @pytest.mark.parametrize("case", CASES)
 def test_steps(case, device, dtype):
-    assert check_steps(case, device, dtype) == [LOAD, FINISH, *GRAD]
+    assert check_steps(case, device, dtype) == [LOAD, FINISH, *GRAD, STORE, STATISTICS]
 
 
 @devices
 @pytest.mark.usefixtures("many_programs")
 @pytest.mark.parametrize("case", ["odd", "odd_nhwc"])
-def test_chunks_of_pixels_and_no_parameters(case, device):
-    assert check_steps(case, device, torch.float32, affine=False) == [LOAD, FINISH, *GRAD]
+@pytest.mark.parametrize("plain", [False, True])
+def test_chunks_of_pixels(case, plain, device):
+    launched = check_steps(case, device, torch.float32, plain)
+    assert launched == [LOAD, FINISH, *GRAD, STORE] + [STATISTICS] * (not plain)
 
 
 @gpu
@@ -116,7 +128,7 @@ def test_a_block_in_training(layout, device):
     x = randn((2, 6, 4, 3), layout=layout).to(device)
     with triton_on(device), triton_kernels.counted() as launched:
         check_module(fused, plain, x)
-    assert [launched.count(name) for name in (LOAD, GRAD[0], FINISH)] == [4, 2, 3]
+    assert [launched.count(name) for name in (STORE, LOAD, GRAD[0], FINISH)] == [3, 4, 2, 3]
 
 
 @devices
@@ -125,16 +137,26 @@ def test_a_block_in_inference(device):
     x = randn((2, 6, 4, 3), layout="NHWC").to(device)
     with triton_on(device), torch.no_grad(), triton_kernels.counted() as launched:
         check_module(fused, plain, x, graded=False)
-    assert launched == [LOAD, "conv_bn_act_fwd_kernel"] * 2
+    assert launched == [STORE, *[LOAD, "conv_bn_act_fwd_kernel", STORE] * 2]
 
 
 def test_slices_that_do_not_fit_are_refused_by_name():
-    x, v = randn((2, 6, 3, 3)), torch.ones(4)
+    x, v, new = randn((2, 6, 3, 3)), torch.ones(4), randn((2, 4, 3, 3))
+    before = x.clone()
     with triton_on("cpu"):
         with pytest.raises(ValueError, match="wanted some of the buffer's 6, got 0 to 7"):
-            dense_buffer.load_op(x, *[torch.ones(7)] * 4, 7, 1e-5)
+            dense_buffer.load_op(randn((2, 7, 3, 3)), x, *[torch.ones(7)] * 4, 1e-5)
         with pytest.raises(ValueError, match=r"dh: wanted torch.float32 \(2, 4, 3, 3\), got"):
-            dense_buffer.grad_op(x.clone(), randn((2, 4, 3, 2)), x, v, v, v, v, 1e-5)
+            dense_buffer.grad_op(x, None, None, randn((2, 4, 3, 2)), x, v, v, v, v, 1e-5)
         with pytest.raises(ValueError, match="dh: wanted the buffer's memory layout"):
-            dh = arrange(randn((2, 4, 3, 3)), "NHWC")
-            dense_buffer.grad_op(x.clone(), dh, x, v, v, v, v, 1e-5)
+            dh = arrange(new, "NHWC")
+            dense_buffer.grad_op(x, None, None, dh, x, v, v, v, v, 1e-5)
+        with pytest.raises(
+            ValueError, match=r"q: wanted contiguous torch.float32, \[4\] or longer"
+        ):
+            dense_buffer.grad_op(x, v[:3], v, new, x, v, v, v, v, 1e-5)
+        with pytest.raises(
+            ValueError, match=r"mean: wanted contiguous torch.float32, \[6\] or long"
+        ):
+            dense_buffer.store_op(x, new, v, v, 2)
+    assert_same_bits({"x": x}, {"x": before})

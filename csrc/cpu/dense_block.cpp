@@ -1,4 +1,7 @@
-// dense_load, dense_grad, dense_finish: a dense block's layers on one buffer of channels.
+// dense_store, dense_load, dense_grad, dense_finish: a dense block's layers on one buffer of
+// channels.
+#include <cstring>
+
 #include "bn_host.h"
 
 namespace fusedres {
@@ -20,11 +23,15 @@ DenseParams dense_params(const View& v, const Tensor& buffer, int64_t start, int
   return p;
 }
 
-// The data of the slice's first element.
+constexpr int64_t kBytes[] = {4, 8, 2, 2};  // of an element of each Dtype
+
+// Bytes from the buffer's data to the slice's first element.
+int64_t slice_offset(const View& v, int64_t start) {
+  return (v.planar ? start * v.hw : start) * kBytes[v.dtype];
+}
+
 const char* slice_data(const View& v, const Tensor& t, int64_t start) {
-  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
-  const int64_t offset = v.planar ? start * v.hw : start;
-  return static_cast<const char*>(t.const_data_ptr()) + offset * kBytes[v.dtype];
+  return static_cast<const char*>(t.const_data_ptr()) + slice_offset(v, start);
 }
 
 Tensor new_dense(Tensor buffer, int64_t channels) {
@@ -40,6 +47,46 @@ void check_dense(const View& v, const Tensor& buffer, const char* name, const Te
   STD_TORCH_CHECK(laid_out || t.numel() == 0, v.op, ": ", name,
                   " must be dense in the memory layout of buffer (",
                   v.planar ? "contiguous" : "channels_last", ")");
+}
+
+// A number for each channel of the buffer, or for the first of them: acc_t, changed in place; null
+// where they are not given.
+template <typename acc_t>
+acc_t* numbers(const View& v, const char* name, const OptTensor& t, int64_t channels) {
+  if (!t.has_value()) return nullptr;
+  const auto wanted = v.dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const bool fits = t->dim() == 1 && t->size(0) >= channels && t->is_contiguous();
+  STD_TORCH_CHECK(fits && t->scalar_type() == wanted, v.op, ": ", name, " must be contiguous ",
+                  torch::headeronly::toString(wanted), ", [", channels, "] or longer, got ",
+                  torch::headeronly::toString(t->scalar_type()), " ", shape_of(*t));
+  return acc_data<acc_t>(*t);
+}
+
+// Copies whole rows of the slice, or all its planes of an image.
+void copy_in(const View& v, const DenseParams& p, const char* from, char* to) {
+  const int64_t items = v.planar ? v.n : p.runs;
+  const int64_t elements = v.planar ? p.channels * p.cols : p.cols;
+  const auto bytes = static_cast<size_t>(elements * kBytes[v.dtype]);
+  const auto ld = static_cast<size_t>(p.x_ld * kBytes[v.dtype]);
+  parallel_items(bytes == 0 ? 0 : items, elements, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      std::memcpy(to + i * ld, from + i * bytes, bytes);
+    }
+  });
+}
+
+template <typename acc_t>
+void store(const View& v, const DenseParams& p, const Tensor& buffer, const Tensor& x,
+           const OptTensor& mean, const OptTensor& var, int64_t start) {
+  const int64_t end = start + p.channels;
+  acc_t* mean_out = numbers<acc_t>(v, "mean", mean, end);
+  acc_t* var_out = numbers<acc_t>(v, "var", var, end);
+  copy_in(v, p, slice_data(v, x, 0),
+          static_cast<char*>(buffer.mutable_data_ptr()) + slice_offset(v, start));
+  if (mean_out == nullptr) return;
+  View slice = v;
+  slice.c = p.channels;
+  bn_statistics<acc_t>(slice, x, {}, {}, true, nullptr, mean_out + start, var_out + start);
 }
 
 int64_t elements_each(const DenseParams& p) { return std::max<int64_t>(1, p.cols); }
@@ -78,7 +125,9 @@ void merge_partials(const std::vector<acc_t>& partials, int64_t tiles, int64_t l
 template <typename acc_t>
 void grad(const View& v, DenseParams p, const Tensor& mean, const Tensor& var,
           const OptTensor& weight, const OptTensor& bias, double eps, const Tensor& dweight,
-          const Tensor& dbias) {
+          const Tensor& dbias, const OptTensor& q, const OptTensor& r) {
+  acc_t* q_out = numbers<acc_t>(v, "q", q, p.channels);
+  acc_t* r_out = numbers<acc_t>(v, "r", r, p.channels);
   View slice = v;
   slice.c = p.channels;
   const auto m = read_parameter<acc_t>(v.op, "mean", mean, {p.channels});
@@ -104,6 +153,13 @@ void grad(const View& v, DenseParams p, const Tensor& mean, const Tensor& var,
                  acc_data<acc_t>(dweight));
   merge_partials<acc_t>(sums_bias, tiles, p.partial_ld, p.channels, nullptr,
                         acc_data<acc_t>(dbias));
+  if (q_out == nullptr || v.count() == 0) return;
+  const auto count = static_cast<double>(v.count());
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const auto i = static_cast<size_t>(c);
+    q_out[c] += bn_backward_q(k.scale[i], k.rstd[i], acc_data<acc_t>(dweight)[c], count);
+    r_out[c] += bn_backward_r(k.scale[i], acc_data<acc_t>(dbias)[c], count);
+  }
 }
 
 template <typename acc_t>
@@ -122,22 +178,31 @@ void finish(const View& v, DenseParams p, const Tensor& mean, const Tensor& q, c
 
 }  // namespace
 
-Tensor dense_load(Tensor buffer, Tensor mean, Tensor var, OptTensor weight, OptTensor bias,
-                  int64_t channels, double eps) {
+void dense_store(Tensor buffer, Tensor x, OptTensor mean, OptTensor var, int64_t start) {
+  const View v = view_of("dense_store", buffer);
+  check_dense(v, buffer, "x", x);
+  const DenseParams p = dense_params(v, buffer, start, x.size(1));
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), v.op,
+                  ": mean and var must be given together");
+  (v.dtype == kFloat64 ? store<double> : store<float>)(v, p, buffer, x, mean, var, start);
+}
+
+void dense_load(Tensor h, Tensor buffer, Tensor mean, Tensor var, OptTensor weight, OptTensor bias,
+                double eps) {
   const View v = view_of("dense_load", buffer);
-  DenseParams p = dense_params(v, buffer, 0, channels);
-  Tensor h = new_dense(buffer, channels);
+  check_dense(v, buffer, "h", h);
+  DenseParams p = dense_params(v, buffer, 0, h.size(1));
   p.x = slice_data(v, buffer, 0);
   p.h = h.mutable_data_ptr();
   (v.dtype == kFloat64 ? load<double> : load<float>)(v, p, mean, var, weight, bias, eps);
-  return h;
 }
 
-Tensors2 dense_grad(Tensor dbuffer, Tensor dh, Tensor buffer, Tensor mean, Tensor var,
-                    OptTensor weight, OptTensor bias, double eps) {
+Tensors2 dense_grad(Tensor dbuffer, OptTensor q, OptTensor r, Tensor dh, Tensor buffer, Tensor mean,
+                    Tensor var, OptTensor weight, OptTensor bias, double eps) {
   const View v = view_of("dense_grad", buffer);
   data_like(v, buffer, "dbuffer", dbuffer);
   check_dense(v, buffer, "dh", dh);
+  STD_TORCH_CHECK(q.has_value() == r.has_value(), v.op, ": q and r must be given together");
   DenseParams p = dense_params(v, buffer, 0, dh.size(1));
   Tensor dweight = new_acc(v, buffer, {p.channels});
   Tensor dbias = new_acc(v, buffer, {p.channels});
@@ -145,7 +210,7 @@ Tensors2 dense_grad(Tensor dbuffer, Tensor dh, Tensor buffer, Tensor mean, Tenso
   p.dh = dh.const_data_ptr();
   p.dx = dbuffer.mutable_data_ptr();
   (v.dtype == kFloat64 ? grad<double> : grad<float>)(v, p, mean, var, weight, bias, eps, dweight,
-                                                     dbias);
+                                                     dbias, q, r);
   return {dweight, dbias};
 }
 

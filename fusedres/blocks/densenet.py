@@ -12,7 +12,7 @@ from ..ops.convolution import Geometry
 from ..ops.define import PLAIN
 from ..ops.dense_block import Layer, dense_block
 from .recognise import Norm, act_of, geometry_of, hooked, norm_of, symbolic
-from .unit import autocasts, operands, track
+from .unit import autocasts, operands, track, track_all
 
 
 class DenseLayer(nn.Module):
@@ -146,11 +146,11 @@ def run_dense_block(x: Tensor, layers: list[nn.Module]) -> Tensor:
         tensors += [norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2, *running]
         norms.append((norm1, norm2))
     y, stats = dense_block(specs, x, tensors)
-    channels = x.shape[1]
-    for (norm1, norm2), layer, s in zip(norms, layers, stats, strict=True):
-        track(norm1, *s[:2], torch.Size((*x.shape[:1], channels, *x.shape[2:])))
-        track(norm2, *s[2:], torch.Size((*x.shape[:1], layer.conv2.in_channels, *x.shape[2:])))
-        channels += layer.conv2.out_channels
+    batches = []
+    for pair, found in zip(norms, stats, strict=True):
+        for norm, mean, var in zip(pair, found[::2], found[1::2], strict=True):
+            batches.append((norm, mean, var, torch.Size((x.shape[0], len(mean), *x.shape[2:]))))
+    track_all(batches)
     return y
 
 

@@ -117,6 +117,8 @@ def _global_hooks() -> bool:
         m._global_backward_hooks,
         m._global_backward_pre_hooks,
     )
+    if not any(kinds):  # as nearly always, and asked of every module in every call
+        return False
     return any(not hasattr(hook, "only_listens") for hooks in kinds for hook in hooks.values())
 
 

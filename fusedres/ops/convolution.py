@@ -44,8 +44,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     args = stride, padding, dilation, False, [0] * len(stride), groups
     if upcasts(x) and weight.dtype == x.dtype:
         operands = x.float(), weight.float(), None if bias is None else bias.float()
-        return torch.ops.aten.convolution(*operands, *args).to(x.dtype)
-    return torch.ops.aten.convolution(x, weight, bias, *args)
+        return torch.convolution(*operands, *args).to(x.dtype)
+    return torch.convolution(x, weight, bias, *args)
 
 
 def convolution_backward(

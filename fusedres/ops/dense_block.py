@@ -24,7 +24,7 @@ from ..layout import dense, memory_format
 from . import bn_act, conv_bn_act, conv_stats
 from .convolution import Geometry, convolution, convolution_backward
 from .define import by_reference, vjp
-from .dense_buffer import finish_op, grad_op, load_op
+from .dense_buffer import finish_op, grad_op, load_op, store_op
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,28 @@ class _Tensors:
         self.growth = self.conv2.shape[0]
 
 
+class _Inner:
+    """Memory for what convolutions 1 read: ``relu(norm1(the channels so far))``, layer by layer.
+
+    One piece for all layers: each wants more than the one before, which in a forward would be new
+    memory from the system every time.
+    """
+
+    def __init__(self, buffer: Tensor):
+        self.buffer, self.memory = buffer, buffer.new_empty(buffer.numel())
+
+    def load(self, layer: Layer, t: _Tensors, norm: Sequence[Tensor], channels: int) -> Tensor:
+        """[N, channels, H, W], until the next call."""
+        n, _, h, w = self.buffer.shape
+        inner = self.memory[: n * channels * h * w]
+        if memory_format(self.buffer) == torch.channels_last:
+            inner = inner.view(n, h, w, channels).permute(0, 3, 1, 2)
+        else:
+            inner = inner.view(n, channels, h, w)
+        load_op(inner, self.buffer, *norm, *t.norm1, layer.eps[0])
+        return inner
+
+
 def _forward(layers, x, tensors, keep: bool):
     """The result, its channels' statistics, those of the bottlenecks, and these, where kept."""
     x = dense(x)
@@ -83,23 +105,18 @@ def _forward(layers, x, tensors, keep: bool):
     buffer = torch.empty(
         (n, total, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
     )
-    buffer[:, :channels] = x
     acc, tracked = reference.acc_dtype(x.dtype), any(layer.batch_stats[0] for layer in layers)
     mean, var = (x.new_empty(total if tracked else 0, dtype=acc) for _ in "mv")
-    if tracked:
-        mean[:channels], var[:channels] = bn_act.stats_op(x)
+    statistics = (mean, var) if tracked else (None, None)
+    store_op(buffer, x, *statistics, 0)
+    inner = _Inner(buffer)
     second, raws = [], []
     for i, layer in enumerate(layers):
         t = _Tensors(tensors, i)
         first = (mean[:channels], var[:channels]) if layer.batch_stats[0] else t.running1
-        inner = load_op(buffer, *first, *t.norm1, channels, layer.eps[0])
-        raw, stats, new = _second_half(layer, inner, t, keep)
-        del inner
-        end = channels + t.growth
-        buffer[:, channels:end] = new
-        if tracked:
-            mean[channels:end], var[channels:end] = bn_act.stats_op(new)
-        channels = end
+        raw, stats, new = _second_half(layer, inner.load(layer, t, first, channels), t, keep)
+        store_op(buffer, new, *statistics, channels)
+        channels += t.growth
         second += stats
         raws.append(raw)
     return buffer, (mean, var), second, raws
@@ -166,7 +183,7 @@ def _backward(ctx, buffer, tensors, statistics, rest, dy):
     if not mean.numel():  # no layer has batch statistics: nothing is deferred
         mean, q, r = (buffer.new_zeros(total, dtype=mean.dtype) for _ in "mqr")
     grads: list[Tensor | None] = [None] * (1 + TENSORS * count)
-    end = total
+    inner, end = _Inner(buffer), total
     for i in reversed(range(count)):
         layer, t = ctx.layers[i], _Tensors(tensors, i)
         start = end - t.growth
@@ -174,44 +191,32 @@ def _backward(ctx, buffer, tensors, statistics, rest, dy):
         dnew = finish_op(dbuffer, buffer, mean[written], q[written], r[written], start, t.growth)
         first = (mean[:start], var[:start]) if layer.batch_stats[0] else t.running1
         stats = second[2 * i], second[2 * i + 1]
-        inner, *found = _layer_backward(layer, t, buffer, first, stats, raws[i], dnew, start)
-        dweight, dbias = grad_op(dbuffer, inner, buffer, *first, *t.norm1, layer.eps[0])
-        if layer.batch_stats[0]:
-            _defer(q, r, dweight, dbias, t.norm1[0], first[1], layer.eps[0], buffer)
-        found = _like(dweight, t.norm1[0]), _like(dbias, t.norm1[1]), *found
+        draw, *found = _second_half_backward(layer, t, stats, raws[i], dnew)
+        dinner, dconv1, _ = convolution_backward(
+            draw, inner.load(layer, t, first, start), t.conv1, False, layer.geometry[0],
+            [True, True, False],
+        )  # fmt: skip
+        deferred = (q, r) if layer.batch_stats[0] else (None, None)
+        norm = *first, *t.norm1, layer.eps[0]
+        dinner = dense(dinner, like=buffer)
+        dweight, dbias = grad_op(dbuffer, *deferred, dinner, buffer, *norm)
+        found = _like(dweight, t.norm1[0]), _like(dbias, t.norm1[1]), dconv1, *found
         grads[1 + i * TENSORS : 1 + i * TENSORS + PARAMETERS] = found
         end = start
     grads[0] = finish_op(dbuffer, buffer, mean[:end], q[:end], r[:end], 0, end)
     return grads
 
 
-def _layer_backward(layer, t, buffer, first, stats, raw, dnew, channels):
-    """Gradients of the first activation, convolution 1, norm 2 and convolution 2."""
+def _second_half_backward(layer, t, stats, raw, dnew):
+    """Gradients of the bottleneck, norm 2 and convolution 2."""
     bn = *stats, layer.batch_stats[1], layer.eps[1], "relu"
     inputs = raw, *t.norm2, t.conv2, None
     needed = True, *(p is not None for p in t.norm2), True, False
-    draw, dweight2, dbias2, dconv2, _ = conv_stats.backward(
-        dnew, inputs, bn, layer.geometry[1], needed
-    )
-    h = load_op(buffer, *first, *t.norm1, channels, layer.eps[0])
-    dinner, dconv1, _ = convolution_backward(
-        draw, h, t.conv1, False, layer.geometry[0], [True, True, False]
-    )
-    return dense(dinner, like=buffer), dconv1, dweight2, dbias2, dconv2
+    return conv_stats.backward(dnew, inputs, bn, layer.geometry[1], needed)[:4]
 
 
 def _like(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else grad.to(parameter.dtype)
-
-
-def _defer(q, r, dweight, dbias, weight, var, eps, buffer) -> None:
-    """Adds batch norm's ``q`` and ``r`` (csrc/bn_math.h) of one layer to those of its channels."""
-    count = buffer.numel() // buffer.shape[1]
-    rstd = (var.double() + eps).rsqrt()
-    a = rstd if weight is None else rstd * weight
-    channels = len(var)
-    q[:channels] -= (a * rstd * dweight / count).to(q.dtype)
-    r[:channels] -= (a * dbias / count).to(r.dtype)
 
 
 def _differentiable_backward(ctx, buffer, tensors, dy, needed):
