@@ -154,6 +154,14 @@ def mix_args(**wrong):
     return (arguments | wrong).values()
 
 
+def dense_grad_args(**wrong):
+    arguments = dict(
+        dbuffer=randn(X), q=torch.zeros(5), r=torch.zeros(5), dh=randn((2, 3, 4, 4)), buffer=randn(X),
+        mean=torch.zeros(3), var=torch.ones(3), weight=None, bias=None, eps=1e-5,
+    )  # fmt: skip
+    return (arguments | wrong).values()
+
+
 BAD = [
     ("bn_act", bn_args(x=torch.ones(X, dtype=torch.int64)), "x must be float32"),
     ("bn_act", bn_args(x=randn((2, 5, 4, 8))[..., ::2]), "x must be dense"),
@@ -177,6 +185,12 @@ BAD = [
     ("residual_mix", mix_args(shortcut=randn((2, 5, 4, 3))), "shortcut must have the shape"),
     ("residual_mix", mix_args(gate=randn(X, layout="NHWC")), "gate must have the memory layout"),
     ("residual_mix", mix_args(row_scale=torch.ones(3)), "row_scale must have shape"),
+    ("dense_store", (randn(X), randn((2, 3, 4, 4)), None, None, 3), "channels must lie inside"),
+    ("dense_store", (randn(X), randn((2, 3, 4, 4)), *[torch.zeros(4)] * 2, 2), "mean must be .*5. or"),
+    ("dense_load", (randn((2, 6, 4, 4)), randn(X), *[torch.ones(6)] * 4, 1e-5), "channels must lie"),
+    ("dense_grad", dense_grad_args(q=torch.zeros(5).double()), "q must be contiguous Float"),
+    ("dense_grad", dense_grad_args(r=None), "q and r must be given together"),
+    ("dense_grad", dense_grad_args(dh=randn((2, 3, 4, 4), layout="NHWC")), "dh must be dense"),
 ]  # fmt: skip
 
 

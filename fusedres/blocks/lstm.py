@@ -70,16 +70,20 @@ class ResidualLSTMCell(nn.Module):
         for name, t in zip(("hx[0]", "hx[1]"), hx, strict=True):
             if tuple(t.shape) != shape:
                 raise ValueError(f"{name}: wanted shape {shape}, got {tuple(t.shape)}")
-        h, c = (t.reshape(-1, self.hidden_size) for t in hx)
+        if input.dim() == 2:
+            return self._rows(input, *hx)
+        h, c = self._rows(*(t.unsqueeze(0) for t in (input, *hx)))
+        return h.squeeze(0), c.squeeze(0)
+
+    def _rows(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.weight_hh
         bias = None if self.bias_ih is None else self.bias_ih + self.bias_hh
-        rows = input.reshape(-1, self.input_size)
-        gates = nn.functional.linear(rows, self.weight_ih, bias)
-        if _adds_in_place(gates, h, self.weight_hh):
-            gates = gates.addmm_(h, self.weight_hh.t())
+        gates = nn.functional.linear(x, self.weight_ih, bias)
+        if _adds_in_place(gates, h, weight):
+            gates = gates.addmm_(h, weight.t())
         else:
-            gates = torch.addmm(gates, h, self.weight_hh.t())
-        h, c = F.lstm_cell(gates.to(c.dtype), c, forget_gate=self.forget_gate)
-        return h.view(shape), c.view(shape)
+            gates = torch.addmm(gates, h, weight.t())
+        return F.lstm_cell(gates.to(c.dtype), c, forget_gate=self.forget_gate)
 
     def extra_repr(self) -> str:
         extra = "" if self.bias else ", bias=False"
