@@ -45,7 +45,7 @@ class DenseNet(nn.Module):
         bn_size: channels of a bottleneck, in growth rates.
         drop_rate: dropout behind each dense layer; layers then run one by one in training.
         num_classes: outputs of the classifier.
-        memory_efficient: taken for torchvision's sake: blocks are so without it.
+        memory_efficient: keep less for the backward and compute more there (DenseLayer).
     """
 
     def __init__(

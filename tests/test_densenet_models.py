@@ -19,14 +19,17 @@ MAP = 4 * N * H * H  # bytes a channel
 
 
 @layouts
-def test_memory_is_linear_in_depth(layout):
-    """The block's result and one bottleneck a layer: the input is inside of the result."""
+@pytest.mark.parametrize("frugal", [False, True])
+def test_memory_is_linear_in_depth(frugal, layout):
+    """The block's result and a layer's bottlenecks: the input is inside of the result."""
     sizes = []
     for layers in (3, 6, 12):
         fused, plain = block_pair(16, layers, 8)
+        for layer in fused.values():
+            layer.memory_efficient = frugal
         x = randn((N, 16, H, H), layout=layout).requires_grad_()
         large, small = saved(fused, x)
-        assert large == sorted([(16 + 8 * layers) * MAP] + [16 * MAP] * layers)
+        assert large == sorted([(16 + 8 * layers) * MAP] + [16 * MAP] * layers * (2 - frugal))
         vectors = sum(b.numel() for b in fused.buffers() if b.is_floating_point())
         assert small <= 4 * 2 * vectors
         sizes.append(sum(large) / sum(saved(plain, x)[0]))
@@ -35,14 +38,12 @@ def test_memory_is_linear_in_depth(layout):
 
 def test_densenet_keeps_less_than_half_of_torchvisions():
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    models = [
-        fusedres.models.densenet121(),
-        peer.densenet121(),
-        peer.densenet121(memory_efficient=True),
-    ]
-    ours, default, efficient = (sum(saved(m, x)[0]) for m in models)
-    assert ours < 0.5 * default
-    assert ours < efficient
+    kept = {}
+    for frugal in (False, True):
+        for make in (fusedres.models.densenet121, peer.densenet121):
+            kept[make, frugal] = sum(saved(make(memory_efficient=frugal), x)[0])
+    ours, theirs, ours_frugal, theirs_frugal = kept.values()
+    assert ours_frugal < ours < theirs_frugal < 0.5 * theirs
 
 
 # --- the models

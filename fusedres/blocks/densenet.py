@@ -23,7 +23,8 @@ class DenseLayer(nn.Module):
         growth_rate: channels of the result.
         bn_size: channels of the bottleneck, in growth rates.
         drop_rate: probability of dropping an element of the result in training.
-        memory_efficient: taken for torchvision's sake; a DenseBlock is so without it.
+        memory_efficient: compute again in the backward what the second convolution read. What the
+            first one read, the concatenation, a DenseBlock never keeps.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ def run_dense_block(x: Tensor, layers: list[nn.Module]) -> Tensor:
         x, conv1, _ = operands(x, layer.conv1)
         conv2 = operands(x, layer.conv2)[1]
         batch_stats, eps = (norm1.batch_stats, norm2.batch_stats), (norm1.eps, norm2.eps)
-        specs.append(Layer(batch_stats, eps, (geometry1, geometry2)))
+        specs.append(Layer(batch_stats, eps, (geometry1, geometry2), layer.memory_efficient))
         running = (norm1.running_mean, norm1.running_var, norm2.running_mean, norm2.running_var)
         tensors += [norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2, *running]
         norms.append((norm1, norm2))

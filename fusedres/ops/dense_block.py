@@ -3,7 +3,8 @@
 Every layer reads all channels written before it and writes its own behind them, so nothing is ever
 concatenated. A channel's mean and variance are computed when it is written; each layer has an
 affine map of its own on them. What is kept for the backward is the buffer, which is the block's
-result, and one bottleneck a layer: memory is linear in the depth, where eager's is quadratic.
+result, and a layer's bottleneck, before its norm and after: memory is linear in the depth, where
+eager's is quadratic. Where memory is short the second is computed again.
 
 The layers' gradients are added into one buffer too. Batch norm's derivative of a channel is
 ``sum_l a_l * u_l + (x - mean) * sum_l q_l + sum_l r_l`` over the layers l that read it: the first
@@ -29,11 +30,16 @@ from .dense_buffer import finish_op, grad_op, load_op, store_op
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer is besides its tensors: norm-ReLU-conv twice."""
+    """What a layer is besides its tensors: norm-ReLU-conv twice.
+
+    Args:
+        frugal: keep for the backward what convolution 1 made, not what convolution 2 reads.
+    """
 
     batch_stats: tuple[bool, bool]
     eps: tuple[float, float]
     geometry: tuple[Geometry, Geometry]
+    frugal: bool = False
 
 
 # A layer's tensors: (weight, bias) of norm 1, convolution 1, (weight, bias) of norm 2, convolution
@@ -98,7 +104,7 @@ class _Inner:
 
 
 def _forward(layers, x, tensors, keep: bool):
-    """The result, its channels' statistics, those of the bottlenecks, and these, where kept."""
+    """The result, its channels' statistics, those of the bottlenecks, and what is kept of these."""
     x = dense(x)
     n, channels, h, w = x.shape
     total = channels + sum(_Tensors(tensors, i).growth for i in range(len(layers)))
@@ -110,36 +116,37 @@ def _forward(layers, x, tensors, keep: bool):
     statistics = (mean, var) if tracked else (None, None)
     store_op(buffer, x, *statistics, 0)
     inner = _Inner(buffer)
-    second, raws = [], []
+    second, kept = [], []
     for i, layer in enumerate(layers):
         t = _Tensors(tensors, i)
         first = (mean[:channels], var[:channels]) if layer.batch_stats[0] else t.running1
-        raw, stats, new = _second_half(layer, inner.load(layer, t, first, channels), t, keep)
+        pair, stats, new = _second_half(layer, inner.load(layer, t, first, channels), t, keep)
         store_op(buffer, new, *statistics, channels)
         channels += t.growth
         second += stats
-        raws.append(raw)
-    return buffer, (mean, var), second, raws
+        kept += pair
+    return buffer, (mean, var), second, kept
 
 
 def _second_half(layer: Layer, inner: Tensor, t: _Tensors, keep: bool):
-    """``conv2(relu(norm2(conv1(inner))))``: the bottleneck, its statistics, and the result."""
+    """``conv2(relu(norm2(conv1(inner))))``: what is kept, the norm's statistics, the result."""
     if not keep and not layer.batch_stats[1]:
         h = conv_bn_act.op(
             inner, t.conv1, None, None, *t.norm2, *t.running2, layer.eps[1], *layer.geometry[0],
             "relu",
         )  # fmt: skip
-        return None, t.running2, dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
+        return (), t.running2, dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
     raw = dense(convolution(inner, t.conv1, None, layer.geometry[0]), inner)
     stats = bn_act.stats_op(raw) if layer.batch_stats[1] else t.running2
     h = bn_act.op(raw, *t.norm2, None, *stats, layer.batch_stats[1], layer.eps[1], "relu", False)[0]
-    return raw, stats, dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
+    new = dense(convolution(h, t.conv2, None, layer.geometry[1]), inner)
+    return (raw, None if layer.frugal else h), stats, new
 
 
 class _DenseBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers, x, *tensors):
-        buffer, statistics, second, raws = _forward(layers, x, tensors, keep=True)
+        buffer, statistics, second, kept = _forward(layers, x, tensors, keep=True)
         # The caller may update running statistics in place before the backward: keep the values.
         tensors = [
             t.clone() if i % TENSORS >= PARAMETERS and t is not None else t
@@ -150,7 +157,7 @@ class _DenseBlock(torch.autograd.Function):
             for i, s in enumerate(second)
         ]
         ctx.layers, ctx.channels = layers, x.shape[1]
-        ctx.save_for_backward(buffer, *tensors, *statistics, *second, *raws)
+        ctx.save_for_backward(buffer, *tensors, *statistics, *second, *kept)
         ctx.mark_non_differentiable(*statistics, *second)
         ctx.set_materialize_grads(False)
         return buffer, *statistics, *second
@@ -176,7 +183,7 @@ def _backward(ctx, buffer, tensors, statistics, rest, dy):
     """Gradients of (x, *tensors), layer by layer from the last."""
     mean, var = statistics
     count, total = len(ctx.layers), buffer.shape[1]
-    second, raws = rest[: 2 * count], rest[2 * count :]
+    second, kept = rest[: 2 * count], rest[2 * count :]
     dbuffer = dense(dy, like=buffer)
     dbuffer = dbuffer.clone() if dbuffer is dy else dbuffer
     q, r = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -190,8 +197,8 @@ def _backward(ctx, buffer, tensors, statistics, rest, dy):
         written = slice(start, end)
         dnew = finish_op(dbuffer, buffer, mean[written], q[written], r[written], start, t.growth)
         first = (mean[:start], var[:start]) if layer.batch_stats[0] else t.running1
-        stats = second[2 * i], second[2 * i + 1]
-        draw, *found = _second_half_backward(layer, t, stats, raws[i], dnew)
+        pair = slice(2 * i, 2 * i + 2)
+        draw, *found = _second_half_backward(layer, t, second[pair], *kept[pair], dnew)
         dinner, dconv1, _ = convolution_backward(
             draw, inner.load(layer, t, first, start), t.conv1, False, layer.geometry[0],
             [True, True, False],
@@ -207,12 +214,12 @@ def _backward(ctx, buffer, tensors, statistics, rest, dy):
     return grads
 
 
-def _second_half_backward(layer, t, stats, raw, dnew):
+def _second_half_backward(layer, t, stats, raw, h, dnew):
     """Gradients of the bottleneck, norm 2 and convolution 2."""
     bn = *stats, layer.batch_stats[1], layer.eps[1], "relu"
     inputs = raw, *t.norm2, t.conv2, None
     needed = True, *(p is not None for p in t.norm2), True, False
-    return conv_stats.backward(dnew, inputs, bn, layer.geometry[1], needed)[:4]
+    return conv_stats.backward(dnew, inputs, bn, layer.geometry[1], needed, h)[:4]
 
 
 def _like(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
