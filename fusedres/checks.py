@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+
 import torch
 from torch import Tensor
 
-from . import reference
-from .dispatch import DTYPES
+from . import dispatch, reference
 
 
 def floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in dispatch.DTYPES:
         raise TypeError(f"{name}: wanted a floating-point tensor, got {x.dtype}")
 
 
@@ -61,7 +64,7 @@ def matrix(name: str, w: Tensor, rows: int | None, cols: int | None) -> Tensor:
 
 
 def one_of(name: str, value: str, choices) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         wanted = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name}: wanted one of {wanted}, got {value!r}")
 
@@ -71,8 +74,38 @@ def activation(name: str, act: str) -> None:
 
 
 def probability(name: str, p: float) -> None:
-    if not 0 <= p <= 1:
+    try:
+        fits = 0 <= p <= 1
+    except TypeError:
+        kind = type(p).__name__
+        raise TypeError(f"{name}: wanted a probability from 0 to 1, got {kind}") from None
+    if not fits:
         raise ValueError(f"{name}: wanted a probability from 0 to 1, got {p}")
+
+
+def size(name: str, value: int, least: int = 1) -> None:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: wanted a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: wanted a number >= {least}, got {value}")
+
+
+def finite(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: wanted a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: wanted a finite number, got {value}")
+
+
+def layer_input(name: str, x: Tensor, weight: Tensor) -> None:
+    """The input of a layer that has no peer in PyTorch to raise for it."""
+    floating(name, x)
+    if x.device != weight.device:
+        raise RuntimeError(f"{name}: wanted device {weight.device} (the weight's), got {x.device}")
+    if x.dtype != weight.dtype and not dispatch.autocasts(x):
+        raise TypeError(f"{name}: wanted dtype {weight.dtype} (the weight's), got {x.dtype}")
 
 
 def bn_numbers(momentum: float | None, eps: float, training: bool = False) -> None:

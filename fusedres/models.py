@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import BasicBlock, Bottleneck, DropPath, SEBasicBlock, SEBottleneck
 from .blocks.chain import chain
-from .blocks.drop_path import linear_decay
+from .blocks.drop_path import check_drop_path, linear_decay
 from .blocks.resnet import conv1x1
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201
 from .preact import (
@@ -99,10 +99,7 @@ class ResNet(nn.Module):
                 "replace_stride_with_dilation should be None "
                 f"or a 3-element tuple, got {replace_stride_with_dilation}"
             )
-        if not 0 <= drop_path_rate <= 1:
-            raise ValueError(
-                f"drop_path_rate: wanted a probability from 0 to 1, got {drop_path_rate}"
-            )
+        check_drop_path(drop_path_rate, drop_path_mode)
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._residual, self._drop_path_mode = residual, drop_path_mode
         self._drop_rates = linear_decay(drop_path_rate, sum(layers))  # of the blocks to come

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .blocks import DropPath, PreActBasicBlock, PreActBottleneck, PreActStage
-from .blocks.drop_path import linear_decay
+from .blocks.drop_path import check_drop_path, linear_decay
 from .blocks.preact import advance
 from .blocks.preact_sum import Sum, norm_relu
 from .blocks.resnet import conv1x1
@@ -46,9 +47,8 @@ def _stage(
     return PreActStage(*blocks)
 
 
-def _rates(drop_path_rate: float, layers: list[int]) -> list[list[float]]:
-    if not 0 <= drop_path_rate <= 1:
-        raise ValueError(f"drop_path_rate: wanted a probability from 0 to 1, got {drop_path_rate}")
+def _rates(drop_path_rate: float, mode: str, layers: list[int]) -> list[list[float]]:
+    check_drop_path(drop_path_rate, mode)
     rates = iter(linear_decay(drop_path_rate, sum(layers)))
     return [[next(rates) for _ in range(depth)] for depth in layers]
 
@@ -89,7 +89,7 @@ class PreActResNet(nn.Module):
         stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
         self.stem = nn.Sequential(OrderedDict(zip(("conv", "pool"), stem, strict=True)))
         self.stages, inplanes = nn.Sequential(), 64
-        for i, rates in enumerate(_rates(drop_path_rate, layers)):
+        for i, rates in enumerate(_rates(drop_path_rate, drop_path_mode, layers)):
             planes, stride = 64 * 2**i, 1 if i == 0 else 2
             project = stride != 1 or inplanes != planes * block.expansion
             common = rates, drop_path_mode, project, residual
@@ -133,7 +133,8 @@ class WideResNet(nn.Module):
         drop_path_rate, drop_path_mode, residual: as for ResNet.
 
     Raises:
-        ValueError: depth is not 6 * n + 4; a width below 1.
+        ValueError: depth is not 6 * n + 4; a width or num_classes below 1; a dropout or
+            drop_path_rate outside [0, 1]. TypeError: no numbers.
     """
 
     def __init__(
@@ -148,13 +149,14 @@ class WideResNet(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
+        for name, number in dict(depth=depth, width=width, num_classes=num_classes).items():
+            checks.size(name, number)
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth: wanted 6 * n + 4 for some n >= 1, got {depth}")
-        if width < 1:
-            raise ValueError(f"width: wanted a number >= 1, got {width}")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         inplanes, options = 16, dict(dropout=dropout)
-        for i, rates in enumerate(_rates(drop_path_rate, [(depth - 4) // 6] * 3)):
+        depths = [(depth - 4) // 6] * 3
+        for i, rates in enumerate(_rates(drop_path_rate, drop_path_mode, depths)):
             planes, stride = 16 * 2**i * width, 1 if i == 0 else 2
             common = rates, drop_path_mode, stride != 1 or inplanes != planes, residual
             stage = _stage(PreActBasicBlock, inplanes, planes, stride, *common, **options)

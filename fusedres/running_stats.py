@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def update_running_stats(
@@ -54,6 +54,23 @@ def update_together(
         old = [t for pair in zip(*running, strict=True) for t in pair]
         torch._foreach_mul_(old, 1 - momentum)
         torch._foreach_add_(old, [*means, *unbiased], alpha=momentum)
+
+
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``; an error leaves the norm as it was.
+
+    PyTorch's batch norm counts a batch before it looks whether it can normalise it.
+    """
+    counted = getattr(norm, "num_batches_tracked", None)
+    if type(counted) is not Tensor or not norm.training or torch.compiler.is_compiling():
+        return norm(x)
+    before = counted.clone()
+    try:
+        return norm(x)
+    except Exception:
+        with torch.no_grad():
+            counted.copy_(before)
+        raise
 
 
 def recomputing() -> bool:

@@ -244,6 +244,8 @@ def test_module_errors():
             r"x: wanted shape \[..., 4\], got \(3, 5\)",
         ),
         (lambda: fusedres.HighwayConv2d(4)(torch.zeros(3, 4)), "x: wanted shape"),
+        (lambda: fusedres.Highway(4)(torch.tensor(1.0)), "x: wanted shape"),
+        (lambda: fusedres.Highway(4, gate_bias=float("nan")), "gate_bias: wanted a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

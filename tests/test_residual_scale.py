@@ -146,7 +146,7 @@ def test_a_block_that_starts_as_the_identity():
 
 
 @pytest.mark.parametrize("make,error,message", [
-    (lambda: fusedres.ResidualScale(0), ValueError, "channels: wanted None or a number >= 1, got 0"),
+    (lambda: fusedres.ResidualScale(0), ValueError, "channels: wanted a number >= 1, got 0"),
     (lambda: fusedres.BasicBlock(8, 8, residual_scale=0.1), TypeError, "residual_scale: wanted a fus"),
     (lambda: fusedres.BasicBlock(8, 8, residual=False, residual_scale=fusedres.ResidualScale()),
      ValueError, "residual: wanted True"),

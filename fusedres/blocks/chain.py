@@ -21,6 +21,7 @@ from .. import functional as F
 from .. import observers, reference
 from ..ops import conv_bn_act
 from ..ops.convolution import conv_shape
+from ..running_stats import normalised
 from .node import as_one_node, branch_of
 from .recognise import act_of, hooked, se_of, symbolic, wants_grad
 from .residual_scale import scaled_norm
@@ -215,7 +216,7 @@ def _last(
 
 def _unfused(state: State, conv: nn.Module, norm: nn.Module, reason: str) -> Tensor:
     observers.notify(observers.Event("conv, norm", "unfused", reason, launches=2))
-    return norm(conv(materialise(state) if isinstance(state, Pending) else state))
+    return normalised(norm, conv(materialise(state) if isinstance(state, Pending) else state))
 
 
 def _finish(

@@ -31,6 +31,7 @@ class DropPath(nn.Module):
 
     Raises:
         ValueError: p outside [0, 1]; an unknown mode.
+        TypeError: p is no number, generator none; in the forward x is not floating-point.
 
     Source: Huang et al. 2016, section 3.
     """
@@ -43,9 +44,11 @@ class DropPath(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p: wanted a probability from 0 to 1, got {p}")
+        checks.probability("p", p)
         checks.one_of("mode", mode, MODES)
+        if not isinstance(generator, torch.Generator | None):
+            kind = type(generator).__name__
+            raise TypeError(f"generator: wanted a torch.Generator or None, got {kind}")
         self.p, self.mode, self.scale_by_keep = p, mode, scale_by_keep
         self.generator = generator
 
@@ -53,6 +56,10 @@ class DropPath(nn.Module):
         """``x``: [N, ...]; returns the same shape and dtype."""
         if not self.active:
             return x
+        if not symbolic(x):
+            checks.floating("x", x)
+            if x.dim() < 1:
+                raise ValueError("x: wanted at least 1 dimension [N, ...], got ()")
         return x * self.factors(x).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     @property
@@ -98,13 +105,13 @@ def drop_path_of(drop_path: float | DropPath | nn.Module) -> DropPath | None:
     if not isinstance(drop_path, int | float):
         kind = type(drop_path).__name__
         raise TypeError(f"drop_path: wanted a probability or a fusedres.DropPath, got {kind}")
-    if not 0 <= drop_path <= 1:
-        raise ValueError(f"drop_path: wanted a probability from 0 to 1, got {drop_path}")
+    checks.probability("drop_path", drop_path)
     return DropPath(drop_path) if drop_path else None
 
 
 def set_shortcut(
     block: nn.Module,
+    channels: int,
     downsample: nn.Module | None,
     drop_path: float | DropPath,
     residual: bool,
@@ -112,13 +119,22 @@ def set_shortcut(
 ) -> None:
     """Gives a block the attributes that say what its branch is added to, and when.
 
+    Args:
+        channels: of the branch's result.
+
     Raises:
-        TypeError: a residual_scale that is none.
-        ValueError: a downsample, drop_path or residual_scale in a block that has no shortcut.
+        TypeError: a residual_scale that is none; a residual that is not True or False.
+        ValueError: a residual_scale of other channels; a downsample, drop_path or residual_scale in
+            a block that has no shortcut.
     """
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: wanted True or False, got {residual!r}")
     if not isinstance(residual_scale, ResidualScale | None):
         kind = type(residual_scale).__name__
         raise TypeError(f"residual_scale: wanted a fusedres.ResidualScale or None, got {kind}")
+    if residual_scale is not None and residual_scale.weight.numel() not in (1, channels):
+        found = residual_scale.weight.numel()
+        raise ValueError(f"residual_scale: wanted 1 or {channels} channels, got {found}")
     if not residual and (downsample is not None or drop_path or residual_scale is not None):
         raise ValueError(
             "residual: wanted True with a downsample, drop_path or residual_scale, got False"
@@ -152,6 +168,12 @@ def must_call_scale(block: nn.Module) -> str | None:
     if type(module).forward is not ResidualScale.forward:
         return f"{type(module).__name__} has a forward of its own"
     return hooked(module)
+
+
+def check_drop_path(rate: float, mode: str) -> None:
+    """A network's ``drop_path_rate`` and ``drop_path_mode``."""
+    checks.probability("drop_path_rate", rate)
+    checks.one_of("drop_path_mode", mode, MODES)
 
 
 def linear_decay(rate: float, blocks: int) -> list[float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, reference
 from .. import functional as F
 from ..ops import conv_stats
+from .recognise import symbolic
 from .training import NO_PROLOGUE
 from .unit import autocasts
 
@@ -33,9 +34,9 @@ class _Gated(nn.Module):
 
 
 def _check(channels: int, act: str, bias: bool, gate_bias: float) -> None:
-    if channels < 1:
-        raise ValueError(f"channels: wanted a number >= 1, got {channels}")
+    checks.size("channels", channels)
     checks.activation("act", act)
+    checks.finite("gate_bias", gate_bias)
     if not bias and gate_bias != 0:
         raise ValueError(f"gate_bias: wanted 0 without a bias, got {gate_bias}")
 
@@ -57,7 +58,9 @@ class Highway(_Gated):
             its input (section 2.2 of the paper).
 
     Raises:
-        ValueError: an unknown act; channels < 1; a gate_bias without bias.
+        ValueError: an unknown act; channels < 1; a gate_bias without bias, or none that is finite.
+        TypeError: channels is no whole number, gate_bias no number; in the forward another dtype
+            than the weight's (RuntimeError: another device).
     """
 
     def __init__(
@@ -75,7 +78,10 @@ class Highway(_Gated):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., channels] -> the same shape."""
-        if x.shape[-1] != self.channels:
+        if symbolic(x):
+            return plain(self, x)
+        checks.layer_input("x", x, self.weight)
+        if x.dim() < 1 or x.shape[-1] != self.channels:
             raise ValueError(f"x: wanted shape [..., {self.channels}], got {tuple(x.shape)}")
         rows = x.reshape(-1, self.channels)
         parts = nn.functional.linear(rows, self.weight, self.bias)
@@ -104,7 +110,8 @@ class HighwayConv2d(_Gated):
     ):  # fmt: skip
         super().__init__()
         _check(channels, act, bias, gate_bias)
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        checks.size("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: wanted an odd number >= 1, got {kernel_size}")
         self.channels, self.act, self.coupled = channels, act, coupled
         self.kernel_size = kernel_size
@@ -116,10 +123,26 @@ class HighwayConv2d(_Gated):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] -> the same shape."""
+        if symbolic(x):
+            return plain(self, x)
+        checks.layer_input("x", x, self.weight)
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x: wanted shape [N, {self.channels}, H, W], got {tuple(x.shape)}")
         parts = same_conv2d(x, self.weight, self.bias)
         return F.highway(parts, x.to(parts.dtype), act=self.act, coupled=self.coupled)
+
+
+def plain(layer: Highway | HighwayConv2d, x: Tensor) -> Tensor:
+    """The layer in PyTorch's own functions, for traces and ``unfuse``."""
+    maps = isinstance(layer, HighwayConv2d)
+    if maps:
+        parts = torch.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size // 2)
+    else:
+        parts = nn.functional.linear(x, layer.weight, layer.bias)
+    parts = parts.split(layer.channels, 1 if maps else -1)
+    h, t = parts[0], torch.sigmoid(parts[1])
+    carry = 1 - t if layer.coupled else torch.sigmoid(parts[2])
+    return reference.ACTIVATIONS[layer.act](h) * t + x.to(h.dtype) * carry
 
 
 def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -138,7 +138,8 @@ class SqueezeExcite(nn.Module):
         pool: the squeeze: "mean", or "mean_max" for half the mean and half the largest value.
 
     Raises:
-        ValueError: an unknown act, gate or pool.
+        ValueError: an unknown act, gate or pool; fewer than one channel.
+        TypeError: channels that are no whole number.
     """
 
     def __init__(
@@ -156,8 +157,10 @@ class SqueezeExcite(nn.Module):
         checks.activation("act", act)
         checks.one_of("gate", gate, reference.GATES)
         checks.one_of("pool", pool, POOLS)
+        checks.size("channels", channels)
         if squeeze_channels is None:
             squeeze_channels = max(1, channels // 16)
+        checks.size("squeeze_channels", squeeze_channels)
         self.fc1 = nn.Conv2d(channels, squeeze_channels, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(squeeze_channels, channels, 1, device=device, dtype=dtype)
         self.act = act
@@ -218,6 +221,7 @@ class EffectiveSqueezeExcite(SqueezeExcite):
         nn.Module.__init__(self)
         checks.one_of("gate", gate, reference.GATES)
         checks.one_of("pool", pool, POOLS)
+        checks.size("channels", channels)
         self.fc = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
         self.act, self.gate, self.pool = "identity", gate, pool
 

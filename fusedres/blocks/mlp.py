@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import checks, reference
 from .. import functional as F
 from ..ops.dense_mlp import dense_mlp
-from .recognise import hooked
+from .recognise import hooked, symbolic
 from .unit import autocasts, in_autocast
 
 
@@ -29,6 +29,7 @@ class ResidualMLP(nn.Module):
 
     Raises:
         ValueError: features or depth < 1; an unknown act.
+        TypeError: one that is no whole number; in the forward another dtype than the weights'.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., features] -> the same shape."""
-        _check_input(x, self.layers[0].in_features)
+        if symbolic(x):
+            return plain_residual(self, x)
+        _check_input(x, self.layers[0], self.layers[0].in_features)
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         before = None
         for layer in self.layers:
@@ -76,6 +79,7 @@ class DenselyConnectedMLP(nn.Module):
 
     Raises:
         ValueError: a width or depth < 1; an unknown act.
+        TypeError: one that is no whole number; in the forward another dtype than the weights'.
     """
 
     def __init__(
@@ -95,11 +99,11 @@ class DenselyConnectedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        _check_input(x, self.in_features)
+        if symbolic(x):
+            return plain_dense(self, x)
+        _check_input(x, self.layers[0], self.in_features)
         if any(type(m) is not nn.Linear or hooked(m) is not None for m in self.layers):
-            for layer in self.layers:
-                x = torch.cat([x, reference.ACTIVATIONS[self.act](layer(x))], -1)
-            return self.output(x)
+            return plain_dense(self, x)
         rows = x.reshape(-1, x.shape[-1])
         operands = [rows]
         for layer in self.layers:
@@ -113,14 +117,31 @@ class DenselyConnectedMLP(nn.Module):
         return f"act={self.act!r}"
 
 
+def plain_residual(mlp: ResidualMLP, x: Tensor) -> Tensor:
+    """The network on PyTorch's own functions, for traces and ``unfuse``."""
+    before = 0
+    for layer in mlp.layers:
+        z = layer(x) + x + before
+        before = x if mlp.cross_coupled else 0
+        x = reference.ACTIVATIONS[mlp.act](z)
+    return x
+
+
+def plain_dense(mlp: DenselyConnectedMLP, x: Tensor) -> Tensor:
+    """The network on PyTorch's own functions, for traces, for ``unfuse`` and for other layers."""
+    for layer in mlp.layers:
+        x = torch.cat([x, reference.ACTIVATIONS[mlp.act](layer(x))], -1)
+    return mlp.output(x)
+
+
 def _check(act: str, **sizes: int) -> None:
     checks.activation("act", act)
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: wanted a number >= 1, got {size}")
+        checks.size(name, size)
 
 
-def _check_input(x: Tensor, features: int) -> None:
-    checks.floating("x", x)
+def _check_input(x: Tensor, layer: nn.Module, features: int) -> None:
+    weight = layer.weight if type(layer) is nn.Linear else x  # another layer may take more
+    checks.layer_input("x", x, weight)
     if x.dim() < 1 or x.shape[-1] != features:
         raise ValueError(f"x: wanted shape [..., {features}], got {tuple(x.shape)}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import observers
+from .. import checks, observers
 from .chain import step
 from .drop_path import DropPath, drop_plan, must_call_drop_path, must_call_scale, set_shortcut
 from .preact_sum import Sum, add_by_module, add_convolution, norm_relu
@@ -68,10 +68,9 @@ class PreActBasicBlock(nn.Module):
             raise ValueError("PreActBasicBlock only supports groups=1 and base_width=64")
         if dilation > 1:
             raise NotImplementedError("Dilation > 1 not supported in PreActBasicBlock")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: wanted a probability from 0 to 1, got {dropout}")
+        checks.probability("dropout", dropout)
         norm_layer = norm_layer or nn.BatchNorm2d
-        set_shortcut(self, downsample, drop_path, residual, residual_scale)
+        set_shortcut(self, planes, downsample, drop_path, residual, residual_scale)
         self.norm1 = norm_layer(inplanes)
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.norm2 = norm_layer(planes)
@@ -121,7 +120,8 @@ class PreActBottleneck(nn.Module):
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        set_shortcut(self, downsample, drop_path, residual, residual_scale)
+        out = planes * self.expansion
+        set_shortcut(self, out, downsample, drop_path, residual, residual_scale)
         self.norm1 = norm_layer(inplanes)
         self.conv1 = conv1x1(inplanes, width)
         self.norm2 = norm_layer(width)

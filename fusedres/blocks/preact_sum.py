@@ -12,6 +12,7 @@ from ..layout import conv_memory_format, dense
 from ..ops import bn_act, conv_bn_act, conv_stats, residual_add
 from ..ops.convolution import conv_shape
 from ..ops.define import PLAIN
+from ..running_stats import normalised
 from .chain import Scale, add_act
 from .recognise import NormPart, act_of, geometry_of, norm_of, symbolic, wants_grad
 from .residual_scale import ResidualScale
@@ -40,7 +41,7 @@ def norm_relu(
     if isinstance(found, str) or name is None:
         reason = found if isinstance(found, str) else f"{type(act).__name__} has no fused form"
         observers.notify(observers.Event("norm", "unfused", reason))
-        return activate(norm(x), act)
+        return activate(normalised(norm, x), act)
     x = dense(x)
     if not found.batch_stats:
         pending = Pending(x, found, name, found.running_mean, found.running_var)
@@ -121,7 +122,9 @@ def _added(
     factors = scale and scale(branch)
     if scaling is not None:
         branch, residual = scaling.of_branch(branch), residual * scaling.shortcut
-    if residual is not None and residual.dtype != branch.dtype:
+    if residual is None or symbolic(branch):
+        return Sum(add_act(branch, residual, None, factors))  # of which the trace promotes
+    if residual.dtype != branch.dtype:
         branch = branch.to(torch.promote_types(branch.dtype, residual.dtype))  # a + b
     return Sum(add_act(branch, residual, None, factors))
 

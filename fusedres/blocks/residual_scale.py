@@ -9,8 +9,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import checks, reference
 from .. import functional as F
-from .. import reference
 from ..ops.define import PLAIN, transformed
 from .recognise import Norm, wants_grad
 
@@ -33,6 +33,10 @@ class ResidualScale(nn.Module):
         init: the weight's first value.
         shortcut: a constant factor of the shortcut.
         learnable: whether ``weight`` is a parameter, or a buffer.
+
+    Raises:
+        ValueError: channels < 1; an init or shortcut that is not finite.
+        TypeError: channels is no whole number, init or shortcut no number.
     """
 
     def __init__(
@@ -46,8 +50,10 @@ class ResidualScale(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if channels is not None and channels < 1:
-            raise ValueError(f"channels: wanted None or a number >= 1, got {channels}")
+        if channels is not None:
+            checks.size("channels", channels)
+        checks.finite("init", init)
+        checks.finite("shortcut", shortcut)
         weight = torch.full((channels or 1,), float(init), device=device, dtype=dtype)
         if learnable:
             self.weight = nn.Parameter(weight)
@@ -66,7 +72,10 @@ class ResidualScale(nn.Module):
 
     def of_branch(self, branch: Tensor) -> Tensor:
         """``weight * branch``."""
-        return branch * self.weight.to(branch.dtype).view(-1, *[1] * (branch.dim() - 2))
+        weight = self.weight.to(branch.dtype)
+        if isinstance(branch, torch.fx.Proxy):  # whose number of dimensions is not known
+            return (branch.movedim(1, -1) * weight).movedim(-1, 1)
+        return branch * weight.view(-1, *[1] * (branch.dim() - 2))
 
     def of_shortcut(self, branch: Tensor) -> Tensor | None:
         """The shortcut's factor as a tensor, None for one."""

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .. import observers
+from .. import checks, observers
 from .chain import Shortcut, Triple, activate_copy, add_act, chain
 from .drop_path import DropPath, drop_plan, must_call_drop_path, must_call_scale, set_shortcut
 from .layers import SqueezeExcite
@@ -130,7 +130,7 @@ class BasicBlock(_Block):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
-        set_shortcut(self, downsample, drop_path, residual, residual_scale)
+        set_shortcut(self, planes, downsample, drop_path, residual, residual_scale)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +178,8 @@ class Bottleneck(_Block):
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        set_shortcut(self, downsample, drop_path, residual, residual_scale)
+        out = planes * self.expansion
+        set_shortcut(self, out, downsample, drop_path, residual, residual_scale)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,5 +217,4 @@ class SEBottleneck(Bottleneck):
 
 
 def _check_reduction(reduction: int) -> None:
-    if reduction < 1:
-        raise ValueError(f"reduction: wanted a number >= 1, got {reduction}")
+    checks.size("reduction", reduction)

@@ -21,7 +21,7 @@ class AddLayerNorm(nn.LayerNorm):
         batch_dim: the dimension that counts samples (drop path only).
 
     Raises:
-        ValueError: a probability outside 0 to 1.
+        ValueError: a probability outside 0 to 1; a negative batch_dim.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class AddLayerNorm(nn.LayerNorm):
         bias: bool = True, *, dropout: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0,
         device=None, dtype=None,
     ):  # fmt: skip
-        _check_drops(dropout, drop_path)
+        _check_drops(dropout, drop_path, batch_dim)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout, self.drop_path, self.batch_dim = dropout, drop_path, batch_dim
 
@@ -51,14 +51,14 @@ class AddRMSNorm(nn.RMSNorm):
         dropout, drop_path, batch_dim: as for AddLayerNorm.
 
     Raises:
-        ValueError: a probability outside 0 to 1.
+        ValueError: a probability outside 0 to 1; a negative batch_dim.
     """
 
     def __init__(
         self, normalized_shape, eps: float | None = None, elementwise_affine: bool = True, *,
         dropout: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0, device=None, dtype=None,
     ):  # fmt: skip
-        _check_drops(dropout, drop_path)
+        _check_drops(dropout, drop_path, batch_dim)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.dropout, self.drop_path, self.batch_dim = dropout, drop_path, batch_dim
 
@@ -72,9 +72,10 @@ class AddRMSNorm(nn.RMSNorm):
         return f"{super().extra_repr()}, {_drops_repr(self)}"
 
 
-def _check_drops(dropout: float, drop_path: float) -> None:
+def _check_drops(dropout: float, drop_path: float, batch_dim: int) -> None:
     checks.probability("dropout", dropout)
     checks.probability("drop_path", drop_path)
+    checks.size("batch_dim", batch_dim, 0)
 
 
 def _drops(module) -> dict:

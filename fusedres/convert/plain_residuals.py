@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..blocks import highway, mlp
 from ..blocks.transformer import drop_path_rows
 from .recipe import Recipe
 
@@ -42,17 +43,6 @@ def encoder_layer(self: nn.Module, *args, **kwargs) -> Tensor:
     return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
 
 
-def highway(self: nn.Module, x: Tensor) -> Tensor:
-    if self.weight.dim() == 4:
-        parts = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[2] // 2)
-    else:
-        parts = F.linear(x, self.weight, self.bias)
-    h, t, *c = parts.split(self.channels, 1 if self.weight.dim() == 4 else -1)
-    t = torch.sigmoid(t)
-    carry = 1 - t if self.coupled else torch.sigmoid(*c)
-    return reference.ACTIVATIONS[self.act](h) * t + x.to(h.dtype) * carry
-
-
 def lstm_cell(self: nn.Module, input: Tensor, hx=None) -> tuple[Tensor, Tensor]:
     if hx is None:
         hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
@@ -64,21 +54,6 @@ def lstm_cell(self: nn.Module, input: Tensor, hx=None) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def residual_mlp(self: nn.Module, x: Tensor) -> Tensor:
-    before = 0
-    for layer in self.layers:
-        z = layer(x) + x + before
-        before = x if self.cross_coupled else 0
-        x = reference.ACTIVATIONS[self.act](z)
-    return x
-
-
-def dense_mlp(self: nn.Module, x: Tensor) -> Tensor:
-    for layer in self.layers:
-        x = torch.cat([x, reference.ACTIVATIONS[self.act](layer(x))], -1)
-    return self.output(x)
-
-
 _FORWARDS = {
     "blocks.densenet.DenseLayer": dense_layer,
     "blocks.densenet.DenseBlock": dense_block,
@@ -87,11 +62,11 @@ _FORWARDS = {
     "blocks.transformer.AddLayerNorm": add_norm,
     "blocks.transformer.AddRMSNorm": add_norm,
     "blocks.transformer.TransformerEncoderLayer": encoder_layer,
-    "blocks.highway.Highway": highway,
-    "blocks.highway.HighwayConv2d": highway,
+    "blocks.highway.Highway": highway.plain,
+    "blocks.highway.HighwayConv2d": highway.plain,
     "blocks.lstm.ResidualLSTMCell": lstm_cell,
-    "blocks.mlp.ResidualMLP": residual_mlp,
-    "blocks.mlp.DenselyConnectedMLP": dense_mlp,
+    "blocks.mlp.ResidualMLP": mlp.plain_residual,
+    "blocks.mlp.DenselyConnectedMLP": mlp.plain_dense,
 }
 RECIPES = tuple(
     Recipe(f"fusedres.{name}", reads=None, forward=forward) for name, forward in _FORWARDS.items()
