@@ -99,19 +99,82 @@ def _fused_layer_scale() -> nn.Module:
     return fusedres.BasicBlock(CHANNELS, CHANNELS, residual_scale=scale)
 
 
+def _torchvision_bottleneck(**options) -> nn.Module:
+    return import_torchvision().Bottleneck(4 * CHANNELS, CHANNELS, **options)
+
+
+def _regnety() -> nn.Module:
+    """Squeeze-excite before the last 1x1 convolution, groups of 32 channels."""
+    import_torchvision()
+    from torchvision.models.regnet import ResBottleneckBlock
+
+    width = 4 * CHANNELS
+    return ResBottleneckBlock(width, width, 1, nn.BatchNorm2d, nn.ReLU, 32, 1.0, 0.25)
+
+
+def _timm_bottleneck(stride: int = 1, **options) -> nn.Module:
+    import_torchvision()
+    from timm.models.resnet import Bottleneck, downsample_avg
+
+    shortcut = None
+    if stride > 1:
+        shortcut = downsample_avg(4 * CHANNELS, 8 * CHANNELS, 1, stride)
+    return Bottleneck(4 * CHANNELS, stride * CHANNELS, stride, shortcut, **options)
+
+
+def _anti_aliased() -> nn.Module:
+    import_torchvision()
+    from timm.layers import BlurPool2d
+
+    return _timm_bottleneck(2, aa_layer=BlurPool2d)
+
+
+def _timm_effective_se() -> nn.Module:
+    import_torchvision()
+    from timm.layers import EffectiveSEModule
+
+    return EffectiveSEModule(4 * CHANNELS)
+
+
+def _converted(make: Callable[[], nn.Module]) -> tuple[Callable, Callable]:
+    """A peer's own block, and what ``fuse`` makes of it."""
+    return make, lambda: fusedres.fuse(make())
+
+
+WIDE, RESNEXT = dict(base_width=128), dict(groups=32, base_width=4)
 SYSTEMS = {
     "projection": (_plain_projected, partial(_projected, fusedres.BasicBlock)),
     "stochastic_depth": (_plain_stochastic_depth, _fused_stochastic_depth),
     "preactivation": (_timm_preactivation, PreActivation),
     "layer_scale": (PlainLayerScale, _fused_layer_scale),
 }
+# On four times the channels: bottlenecks, and what stands in one.
+BOTTLENECKS = {
+    "wide": (
+        partial(_torchvision_bottleneck, **WIDE),
+        partial(fusedres.Bottleneck, 4 * CHANNELS, CHANNELS, **WIDE),
+    ),
+    "resnext": (
+        partial(_torchvision_bottleneck, **RESNEXT),
+        partial(fusedres.Bottleneck, 4 * CHANNELS, CHANNELS, **RESNEXT),
+    ),
+    "regnety": _converted(_regnety),
+    "resnet_d": _converted(partial(_timm_bottleneck, 2)),
+    "anti_aliased": _converted(_anti_aliased),
+    "effective_se": (
+        _timm_effective_se, partial(fusedres.EffectiveSqueezeExcite, 4 * CHANNELS)
+    ),
+}  # fmt: skip
 
 
-def _works() -> list[Work]:
-    x = BATCH["cpu"], CHANNELS, SIZE, SIZE
-    return [Work(name, plain, fused, x, leaf=True) for name, (plain, fused) in SYSTEMS.items()]
+def _works(makers: dict[str, tuple], channels: int, size: int) -> list[Work]:
+    x = BATCH["cpu"], channels, size, size
+    return [Work(name, plain, fused, x, leaf=True) for name, (plain, fused) in makers.items()]
 
 
-@params(systems(_works()))
+WORKS = (*_works(SYSTEMS, CHANNELS, SIZE), *_works(BOTTLENECKS, 4 * CHANNELS, SIZE // 2))
+
+
+@params(systems(WORKS))
 def test_family_training(race, spec):
     race(spec)

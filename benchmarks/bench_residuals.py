@@ -5,6 +5,7 @@ Against torchvision's, PyTorch's own, or the modules as they are usually written
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,10 +21,9 @@ from .suites import params, systems
 class AddNorm(nn.Module):
     """A branch and a shortcut, one behind the other in x, added and normalised."""
 
-    def __init__(self, fused: bool):
+    def __init__(self, norm: type[nn.Module], fused: bool):
         super().__init__()
-        self.norm = fusedres.AddLayerNorm(768) if fused else nn.LayerNorm(768)
-        self.fused = fused
+        self.norm, self.fused = norm(768), fused
 
     def forward(self, x: Tensor) -> Tensor:
         branch, shortcut = x.unbind(0)
@@ -59,12 +59,31 @@ class EagerHighwayConv2d(fusedres.HighwayConv2d):
 class Cell(nn.Module):
     """The output of a cell; its state starts as zeros."""
 
-    def __init__(self, kind: type[nn.Module]):
+    def __init__(self, kind: Callable[..., nn.Module]):
         super().__init__()
         self.cell = kind(256, 256)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cell(x)[0]
+
+
+class EagerOriginalCell(fusedres.ResidualLSTMCell):
+    """``c' = c + i * g``, as it is usually written."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        c = x.new_zeros(len(x), self.hidden_size)
+        gates = nn.functional.linear(x, self.weight_ih, self.bias_ih)
+        gates = gates + nn.functional.linear(c, self.weight_hh, self.bias_hh)
+        i, g, o = gates.chunk(3, 1)
+        c = c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class EagerResidualMLP(fusedres.ResidualMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x) + x)
+        return x
 
 
 class EagerDenseMLP(fusedres.DenselyConnectedMLP):
@@ -101,12 +120,22 @@ def _dense(name: str, layers: int, channels: int, size: int) -> Work:
     return _work(name, *makers, (4, channels, size, size))
 
 
+_norms = ((nn.LayerNorm, fusedres.AddLayerNorm), (nn.RMSNorm, fusedres.AddRMSNorm))
+_layer_norms, _rms_norms = (
+    (partial(AddNorm, plain, False), partial(AddNorm, fused, True)) for plain, fused in _norms
+)
 _cells = (partial(Cell, kind) for kind in (nn.LSTMCell, fusedres.ResidualLSTMCell))
+_original = (
+    partial(Cell, partial(kind, forget_gate=False))
+    for kind in (EagerOriginalCell, fusedres.ResidualLSTMCell)
+)
+_residual_mlps = (partial(kind, 256, 12) for kind in (EagerResidualMLP, fusedres.ResidualMLP))
 _highways = (partial(kind, 512) for kind in (EagerHighway, fusedres.Highway))
 _convs = (partial(kind, 64) for kind in (EagerHighwayConv2d, fusedres.HighwayConv2d))
 _mlps = (partial(kind, 256, 128, 10, 12) for kind in (EagerDenseMLP, fusedres.DenselyConnectedMLP))
 WORKS = (
-    _work("add_layer_norm", partial(AddNorm, False), partial(AddNorm, True), (2, 4096, 768)),
+    _work("add_layer_norm", *_layer_norms, (2, 4096, 768)),
+    _work("add_rms_norm", *_rms_norms, (2, 4096, 768)),
     _layer("encoder_layer_post_norm", False),
     _layer("encoder_layer_pre_norm", True),
     # No larger one: a rounding that turns one ReLU of millions moves a gradient, and the executions
@@ -115,6 +144,8 @@ WORKS = (
     _work("highway", *_highways, (1024, 512)),
     _work("highway_conv", *_convs, (8, 64, 28, 28)),
     _work("lstm_cell", *_cells, (64, 256)),
+    _work("lstm_cell_no_forget_gate", *_original, (64, 256)),
+    _work("residual_mlp", *_residual_mlps, (1024, 256)),
     _work("dense_mlp", *_mlps, (1024, 256)),
 )
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import fusedres
 from benchmark_harness import CPU, RATES, ROOT, FakeClock, no_measuring, own_environment
 from benchmarks import (
+    bench_family,
+    bench_residuals,
     cases,
     conv_cases,
     floors,
@@ -31,6 +33,8 @@ from benchmarks import (
     suites,
 )
 from benchmarks.peers import EAGER, OURS
+from cases import randn
+from modules import check_module
 
 __all__ = ["no_measuring"]  # a fixture
 EAGER_ONLY = peers.Choice(["eager*"])
@@ -129,6 +133,17 @@ def test_a_block_in_training_and_inference_passes_its_own_check(no_measuring):
     entries = training["competitors"]
     assert entries[OURS]["saved"] < entries[EAGER]["saved"]
     assert inference["missing"][peers.OPENVINO] == peers.UNSELECTED
+
+
+@pytest.mark.parametrize(
+    "work", [*bench_family.WORKS, *bench_residuals.WORKS], ids=lambda work: work.name
+)
+def test_a_residual_system_and_its_peer_are_the_same(work):
+    plain, fused = work.plain(), work.fused()
+    fused.load_state_dict(plain.state_dict())
+    x = work.x
+    small = {4: (4, x[1], 8, 8), 3: (2, 7, x[-1]), 2: (5, x[-1])}
+    check_module(fused, plain, randn(small[len(x)]))
 
 
 def test_a_network_has_a_floor_and_convolutions_alone(no_measuring):
