@@ -23,23 +23,10 @@ import fusedres
 WIDTH = 16
 
 
-class PlainBlock(nn.Module):
-    """``relu(bn(conv(relu(bn(conv(x))))))``: BasicBlock's layers without its shortcut."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = fusedres.ConvBNAct2d(channels, channels, 3)
-        self.second = fusedres.ConvBNAct2d(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-
 def network(blocks: int, residual: bool) -> nn.Sequential:
-    block = fusedres.BasicBlock if residual else lambda inplanes, planes: PlainBlock(planes)
     return nn.Sequential(
         fusedres.ConvBNAct2d(1, WIDTH, 3, stride=2),
-        *(block(WIDTH, WIDTH) for _ in range(blocks)),
+        *(fusedres.BasicBlock(WIDTH, WIDTH, residual=residual) for _ in range(blocks)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(WIDTH, 10),

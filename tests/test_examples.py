@@ -27,6 +27,7 @@ def test_an_example_runs(name, capsys, monkeypatch):
 
 def test_there_is_an_example_for_every_system():
     assert {
-        "plain_network", "preactivation", "projection_shortcut", "resnext", "scaled_residual",
-        "squeeze_excite", "stochastic_depth", "wide_resnet",
+        "degradation", "densenet", "highway", "lstm", "perceptrons", "plain_network",
+        "preactivation", "projection_shortcut", "resnext", "scaled_residual", "squeeze_excite",
+        "stochastic_depth", "transformer", "wide_resnet",
     } <= {*EXAMPLES}  # fmt: skip

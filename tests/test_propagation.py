@@ -107,14 +107,63 @@ def test_fused_and_plain_networks_give_the_same_figures():
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-3)
 
 
-@pytest.mark.parametrize("model,x,count", [
-    (nn.Sequential(fusedres.Highway(8), fusedres.Highway(8)), torch.randn(4, 8), 2),
-    (nn.TransformerEncoder(fusedres.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True), 2, enable_nested_tensor=False), torch.randn(3, 2, 8), 2),
-], ids=["highway", "transformer"])  # fmt: skip
-def test_other_architectures(model, x, count):
+def layers(kind: type[nn.Module], norm_first: bool) -> nn.Module:
+    layer = kind(8, 2, 16, 0.0, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize("model,x", [
+    (nn.Sequential(fusedres.Highway(8), fusedres.Highway(8)), torch.randn(4, 8)),
+    (layers(fusedres.TransformerEncoderLayer, norm_first=False), torch.randn(3, 2, 8)),
+], ids=["highway", "post-norm transformer"])  # fmt: skip
+def test_other_architectures(model, x):
     found = fusedres.propagation(model, x)
-    assert len(found.blocks) == count and {b.kind for b in found.blocks} == {"other"}
+    assert [b.kind for b in found.blocks] == ["other", "other"] and not found.runs
     assert all(b.x > 0 and b.f > 0 and b.dx > 0 for b in found.blocks)
+
+
+@pytest.mark.parametrize("kind", [fusedres.TransformerEncoderLayer, nn.TransformerEncoderLayer])
+def test_a_pre_norm_transformer_layer_adds_twice(kind):
+    model, x = layers(kind, norm_first=True).double(), randn((3, 2, 8), torch.float64)
+    found = fusedres.propagation(model, x)
+    assert [b.kind for b in found.blocks] == ["identity", "identity"]
+    (run,) = found.runs
+    assert run.ok and run.forward_error < 1e-15 and run.backward_error < 1e-14
+    f = model.layers[0](x) - x
+    assert found.blocks[0].f == pytest.approx(f.norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scaling,kinds", [
+    (dict(channels=4, init=0.3), ["identity", "identity"]),
+    (dict(init=1.0, shortcut=0.5), ["projection", "projection"]),
+], ids=["LayerScale", "x / L"])  # fmt: skip
+def test_a_scaled_branch_is_added(scaling, kinds):
+    blocks = [
+        fusedres.PreActBasicBlock(4, 4, residual_scale=fusedres.ResidualScale(**scaling))
+        for _ in kinds
+    ]
+    x, state = randn((2, 4, 5, 5)), torch.get_rng_state()
+    found = fusedres.propagation(nn.Sequential(*blocks), x)
+    assert [b.kind for b in found.blocks] == kinds and found.ok
+    assert len(found.runs) == (kinds[0] == "identity")
+    assert all(run.backward_error is not None for run in found.runs)
+    plain = fusedres.unfuse(blocks[0])
+    f = plain(x) - scaling.get("shortcut", 1.0) * x
+    assert found.blocks[0].f == pytest.approx(f.norm().item(), rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_shortcut_module_that_does_nothing():
+    class Block(PreActBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shortcut(x) + self.conv(self.act(self.norm(x)))
+
+    block = Block(4)
+    block.shortcut = nn.Identity()
+    with torch.inference_mode():
+        found = fusedres.propagation(block, randn((2, 4, 5, 5)))
+    assert found.blocks[0].kind == "identity" and found.runs[0].blocks == ("(model)",)
+    assert found.ok and found.runs[0].backward_error is not None
 
 
 def test_blocks_of_ones_own_choice():
@@ -126,7 +175,9 @@ def test_blocks_of_ones_own_choice():
 def test_errors():
     with pytest.raises(TypeError, match="model: wanted a torch.nn.Module, got str"):
         fusedres.propagation("resnet50")
-    with pytest.raises(ValueError, match="model: wanted residual blocks, found none in Linear"):
+    with pytest.raises(
+        ValueError, match="model: wanted residual blocks, found none in Linear; blocks="
+    ):
         fusedres.propagation(nn.Linear(3, 3), torch.zeros(2, 3))
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..blocks import ResidualScale
+from ..reference import ACTIVATIONS
+
 SHORTCUTS = ("downsample", "shortcut", "proj", "skip", "identity")
 ROUNDINGS = 8.0  # of the largest norm that a sum is made of, for each term
 
@@ -18,7 +21,9 @@ class Block:
     """One residual block. Norms are L2; a figure that the block does not have is None.
 
     ``kind``: "identity" (y = x + F), "projection" (y = s(x) + F), "post-activation"
-    (y = act(s(x) + F)), or "other": F is then the difference of output and shortcut.
+    (y = act(s(x) + F)), or "other": F is then the difference of output and shortcut. The F of a
+    block that adds twice, as a pre-norm transformer layer, is the sum of both. |dF| is the gradient
+    that arrives where the block adds last.
     """
 
     name: str
@@ -40,8 +45,25 @@ class Probe:
     y: Tensor | None = None
     shortcut: Tensor | None = None
     entry: Tensor | None = None  # x as the branch's first module got it
-    f: Tensor | None = None  # the branch's result, where a module returned it
+    middle: tuple[Tensor, Tensor] | None = None  # a result r, and x + r as a module got it
+    parts: tuple[Tensor, ...] = ()  # the results that add up to F, in the order they were added
     results: list[Tensor] = field(default_factory=list)
+
+    @property
+    def f(self) -> Tensor:
+        return sum(part.detach() for part in self.parts)
+
+    @property
+    def arriving(self) -> Tensor:
+        """The gradient at the last addition."""
+        return self.parts[-1].grad
+
+    @property
+    def through(self) -> Tensor | None:
+        """The gradient that came through the branches, at their modules that read x."""
+        entries = [self.entry, *([self.middle[1]] if len(self.parts) > 1 else [])]
+        grads = [None if t is None else t.grad for t in entries]
+        return None if any(g is None for g in grads) else sum(grads)
 
     @contextlib.contextmanager
     def watching(self, name: str, order: list[str]) -> Iterator[None]:
@@ -56,7 +78,9 @@ class Probe:
             *(m.register_forward_hook(lambda m, args, s: self._shortcut(s)) for m in shortcuts),
         ]
         for path, m in inner:
-            if path.partition(".")[0] not in SHORTCUTS:
+            if isinstance(m, ResidualScale):
+                handles.append(m.register_forward_hook(self._scaled))
+            elif path.partition(".")[0] not in SHORTCUTS:
                 handles.append(m.register_forward_pre_hook(lambda m, args: self._begin(args)))
                 handles.append(m.register_forward_hook(lambda m, args, out: self._result(out)))
         try:
@@ -74,10 +98,36 @@ class Probe:
         return self.x, *args[1:]
 
     def _begin(self, args: tuple):
-        if self.entry is not None or not args or args[0] is not self.x:
+        if not args or not isinstance(args[0], Tensor):
             return None
-        self.entry = _watched(args[0])
-        return self.entry.clone(), *args[1:]
+        if args[0] is self.x and self.entry is None:
+            copy = self.entry = _watched(args[0])
+        elif (first := self._added_to_x(args[0])) is not None:
+            copy = _watched(args[0])
+            self.middle = first, copy
+        else:
+            return None
+        return copy.clone(), *args[1:]
+
+    def _added_to_x(self, y: Tensor) -> Tensor | None:
+        """The result r for which y is x + r, once."""
+        if self.middle is not None or y.shape != self.x.shape:
+            return None
+        for r in reversed(self.results):
+            if r.shape == y.shape and _is_sum(y.detach(), self.x.detach(), r.detach()):
+                return r
+        return None
+
+    def _scaled(self, module: ResidualScale, args: tuple, out: Tensor) -> Tensor:
+        """The module adds: what is added is the branch times its weight."""
+        branch, x, scale, act, *_ = *args, *(None, "identity")[len(args) - 2 :]
+        f = module.of_branch(branch)
+        if scale is not None:
+            f = f * scale.to(f.dtype).view(-1, *[1] * (f.dim() - 1))
+        self.results.append(_watched(f))
+        if module.shortcut != 1:
+            self._shortcut(x * module.shortcut)
+        return ACTIVATIONS[act](self.results[-1].clone() + x * module.shortcut)
 
     def _result(self, out):
         if not isinstance(out, Tensor) or not out.requires_grad:
@@ -95,40 +145,46 @@ class Probe:
 
     def block(self, name: str) -> Block:
         x = self.x.detach()
-        identity = self.shortcut is None
+        identity = self.shortcut is None or torch.equal(self.shortcut, x)
         shortcut = x if identity else self.shortcut
-        branch, kind = self._branch(shortcut, identity)
-        self.f, sums = branch, kind == "identity"
-        if branch is not None:
-            f = branch.detach()
+        self.parts, kind = self._branch(shortcut, identity)
+        sums = kind == "identity"
+        if self.parts:
+            f = self.f
         else:
             f = self.y - shortcut if self.y.shape == shortcut.shape else self.y
         return Block(
             name, kind, norm(x), norm(f), norm(self.x.grad),
-            None if branch is None else norm(branch.grad),
+            norm(self.arriving) if self.parts else None,
             relative(self.y - (x + f), self.y) if sums else None,
-            self._backward_error(branch) if sums else None,
+            self._backward_error() if sums else None,
         )  # fmt: skip
 
-    def _branch(self, shortcut: Tensor, identity: bool) -> tuple[Tensor | None, str]:
-        """The module result that the shortcut is added to, and what that makes of the block."""
-        for out in reversed(self.results):
-            if out.shape != self.y.shape or shortcut.shape != self.y.shape:
-                continue
-            total = shortcut + out.detach()
-            allowed = tolerance(self.y, 2, norm(shortcut), norm(out))
-            if relative(self.y - total, self.y) <= allowed:
-                return out, "identity" if identity else "projection"
-            if relative(self.y - total.relu(), self.y) <= allowed:
-                return out, "post-activation"
-        return None, "other"
+    def _branch(self, shortcut: Tensor, identity: bool) -> tuple[tuple[Tensor, ...], str]:
+        """The results that the shortcut is added to, and what that makes of the block."""
+        fitting = [r for r in reversed(self.results) if r.shape == self.y.shape == shortcut.shape]
+        for out in fitting:
+            if _is_sum(self.y, shortcut, out.detach()):
+                return (out,), "identity" if identity else "projection"
+            if _is_sum(self.y, shortcut, out.detach(), relu=True):
+                return (out,), "post-activation"
+        for out in fitting if identity and self.middle is not None else ():
+            if _is_sum(self.y, shortcut, self.middle[0].detach(), out.detach()):
+                return (self.middle[0], out), "identity"
+        return (), "other"
 
-    def _backward_error(self, branch: Tensor) -> float | None:
+    def _backward_error(self) -> float | None:
         """``dx = dy + dF/dx * dy``: dy is what arrives at the branch's end, which was added."""
-        if self.entry is None or self.entry.grad is None or branch.grad is None:
+        through = self.through
+        if through is None or self.arriving is None:
             return None
-        total = branch.grad + self.entry.grad
-        return relative(self.x.grad - total, self.x.grad)
+        return relative(self.x.grad - (self.arriving + through), self.x.grad)
+
+
+def _is_sum(y: Tensor, *terms: Tensor, relu: bool = False) -> bool:
+    total = sum(terms)
+    allowed = tolerance(y, len(terms), *map(norm, terms))
+    return relative(y - (total.relu() if relu else total), y) <= allowed
 
 
 def _watched(x: Tensor) -> Tensor:

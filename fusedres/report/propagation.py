@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .probe import Block, Probe, norm, relative, tolerance
 from .table import render
@@ -63,7 +63,9 @@ class Propagation:
             if run.backward_error is not None:
                 sums += f", dx_l = dx_L + sum dF to {run.backward_error:.1e}"
             verdict = "ok" if run.ok else "FAIL"
-            where = f"{run.blocks[0]} to {run.blocks[-1]} ({len(run.blocks)} blocks)"
+            where = run.blocks[0]
+            if len(run.blocks) > 1:
+                where += f" to {run.blocks[-1]} ({len(run.blocks)} blocks)"
             lines.append(f"{where}: {sums} (allowed {run.tolerance:.1e}): {verdict}")
         if not self.runs:
             lines.append("no block is an identity mapping, so there is no sum to check: norms only")
@@ -132,20 +134,33 @@ def propagation(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    model = copy.deepcopy(model).requires_grad_()
+    with torch.inference_mode(False):
+        model = copy.deepcopy(model).requires_grad_()
     wanted = dict(_blocks_of(model, blocks or _is_block))
     probes = {name: Probe(block) for name, block in wanted.items()}
     order: list[str] = []
-    with torch.random.fork_rng(), torch.enable_grad(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.enable_grad())
+        inputs = tree_map(_ordinary, inputs)
         for name, probe in probes.items():
             stack.enter_context(probe.watching(name, order))
         result = model(*inputs)
         if not order:
-            raise ValueError(f"model: wanted residual blocks, found none in {type(model).__name__}")
+            kind = type(model).__name__
+            raise ValueError(
+                f"model: wanted residual blocks, found none in {kind}; blocks= says which they are"
+            )
         _scalar(result, loss).backward()
     measured = [probes[name] for name in order]
-    found = tuple(p.block(name) for name, p in zip(order, measured, strict=True))
+    found = tuple(p.block(name or "(model)") for name, p in zip(order, measured, strict=True))
     return Propagation(found, tuple(_runs(found, measured)))
+
+
+def _ordinary(t):
+    """A tensor made in inference mode as one that a gradient can go through."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
 
 
 def _is_block(name: str, module: nn.Module) -> bool:
@@ -190,14 +205,14 @@ def _runs(blocks: tuple[Block, ...], probes: list[Probe]) -> Iterator[Run]:
 
 def _run(blocks: tuple[Block, ...], probes: list[Probe]) -> Run:
     first, last = probes[0], probes[-1]
-    total = sum((p.f.detach().double() for p in probes), first.x.detach().double())
+    total = sum((p.f.double() for p in probes), first.x.detach().double())
     allowed = tolerance(last.y, 1 + len(blocks), *(b.x for b in blocks), *(b.f for b in blocks))
     backward = None
     if all(b.backward_error is not None for b in blocks):
         # Nothing follows the last addition: what arrives at its branch's result is dx_L.
-        dtotal = sum((p.entry.grad.double() for p in probes), last.f.grad.double())
+        dtotal = sum((p.through.double() for p in probes), last.arriving.double())
         backward = relative(first.x.grad - dtotal, first.x.grad)
-        norms = [norm(p.entry.grad) for p in probes]
+        norms = [norm(p.through) for p in probes]
         allowed = max(allowed, tolerance(first.x.grad, 1 + len(blocks), *norms))
     names = tuple(b.name for b in blocks)
     return Run(names, relative(last.y - total, last.y), backward, allowed)
