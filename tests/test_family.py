@@ -10,6 +10,7 @@ from torch import nn
 
 import fusedres
 from cases import randn
+from fusedres.blocks.chain import chain
 from harness import Unchanged
 
 MAPS = (2, 8, 6, 6)
@@ -101,6 +102,33 @@ def test_a_norm_that_raises_has_counted_nothing(name):
     for x in (randn((2, 7, 6, 6)), torch.ones(MAPS, dtype=torch.int64), randn(MAPS).to("meta")):
         with Unchanged(block), pytest.raises(Exception, match="."):
             block(x)
+
+
+# --- a system of one's own
+
+
+class AddedTwice(nn.Module):
+    """``relu(z + bn2(conv2(z)))`` with ``z = relu(x + bn1(conv1(x)))``: in no list of the library."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in "ab")
+        self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = chain(x, (self.conv1, self.bn1, "relu"), residual=x)
+        branch = chain(z, (self.conv2, self.bn2, None))
+        return fusedres.functional.residual_add(branch, z, act="relu")
+
+
+def test_a_new_system_needs_its_own_file_only():
+    model, x = nn.Sequential(AddedTwice(), AddedTwice()), randn(MAPS)
+    for training in (True, False):
+        result = fusedres.verify(model, x, train=training)
+        assert result.ok, str(result)
+    rows = fusedres.explain(model, x).rows
+    assert {"conv_stats", "bn_act", "residual_add"} <= {row.op for row in rows}
+    assert {row.backend for row in rows} == {"native"}
 
 
 # --- traces
