@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .launch import cdiv, power_of_2
-from .ways import ATEN, CUDNN, Plan, Way, out_shape, why_not
+from .ways import ATEN, CUDNN, Plan, Way, ours_by_default, out_shape, why_not
 
 __all__ = ["ATEN", "CUDNN", "Conv", "Plan", "Way", "in_order", "plan_of", "precision", "why_not"]
 
@@ -182,4 +182,5 @@ def in_order(conv: Conv, rivals: Sequence[Way]) -> list[Way]:
     """All ways, the default first; the library's CUDA kernels, among the rivals, are ours too."""
     ours = [*conv.ways(), *(way for way in rivals if way.by == "native")]
     others = [way for way in rivals if way.by != "native"]
-    return [*ours, *others] if conv.taps == (1, 1) else [*others, *ours]
+    first = ours_by_default(conv._weight, conv.groups)
+    return [*ours, *others] if first else [*others, *ours]

@@ -69,6 +69,16 @@ def out_shape(x: Tensor, weight: Tensor, geometry: Sequence) -> tuple[int, ...]:
     return x.shape[0], weight.shape[0], *sizes
 
 
+def ours_by_default(weight: Tensor, groups: int) -> bool:
+    """Whether our kernels go first where nothing is measured.
+
+    Kernels of one pixel are limited by memory, and ours save passes; of the others, and of groups
+    that fill no tensor-core tile, cuDNN is expected to be the faster.
+    """
+    narrow = groups > 1 and min(weight.shape[1], weight.shape[0] // groups) < NARROWEST_GROUP
+    return math.prod(weight.shape[2:]) == 1 and not narrow
+
+
 def why_not(x: Tensor, weight: Tensor, geometry: Sequence) -> str | None:
     """Why the kernels do not take this convolution, or None; aten refuses wrong operands better."""
     if x.dim() != 4 or weight.dim() != 4:
@@ -80,9 +90,6 @@ def why_not(x: Tensor, weight: Tensor, geometry: Sequence) -> str | None:
     sizes = out_shape(x, weight, geometry)
     if min(*sizes, weight.numel(), x.numel()) <= 0:
         return "there is nothing to compute"
-    narrowest = min(weight.shape[1], weight.shape[0] // groups)
-    if groups > 1 and narrowest < NARROWEST_GROUP:
-        return f"groups of {narrowest} channels fill no tensor-core tile"
     formats = (suggest_memory_format(t) for t in (x, weight))
     if torch.channels_last not in formats and sizes[2:] != (1, 1):
         return "the tensors are NCHW, the kernels write channels_last"
@@ -136,8 +143,7 @@ def native_plan(
 ) -> Plan:  # fmt: skip
     """Who carries a convolution out where Triton is not, whose timer measures.
 
-    Kernels of one pixel are limited by memory, and the CUDA kernel's fusion saves passes; the
-    others are cuDNN's, unless the native backend was asked for by name.
+    What ``ours_by_default`` leaves to cuDNN is the native kernel's if it was asked for by name.
 
     Args:
         native: None if the CUDA kernel cannot run, for ``reason``.
@@ -145,6 +151,7 @@ def native_plan(
     reason = reason or why_not(x, weight, geometry) or why_not_native(x)
     if native is None or reason is not None:
         return Plan("aten", reason)
-    if not by_name and math.prod(weight.shape[2:]) != 1:
-        return Plan("aten", "not measured (that needs Triton): cuDNN is the default above 1x1")
+    if not by_name and not ours_by_default(weight, geometry[3]):
+        why = "cuDNN is the default above 1x1 and for groups of few channels"
+        return Plan("aten", f"not measured (that needs Triton): {why}")
     return Plan("native", None, lambda: native(0))

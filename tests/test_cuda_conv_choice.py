@@ -23,6 +23,7 @@ from harness import assert_same_bits, assert_same_format, double
 
 POINTWISE = Conv((2, 16, 4, 4), (24, 16, 1, 1), padding=(0, 0))
 THREE = Conv((2, 16, 4, 4), (24, 16, 3, 3))
+NARROW = Conv((2, 32, 4, 4), (32, 4, 1, 1), padding=(0, 0), groups=8)
 ODD = Conv((2, 17, 4, 4), (24, 17, 1, 1), padding=(0, 0))
 GPU = "NVIDIA Test 1000"
 NOT_MEASURED = "not measured (that needs Triton): cuDNN is the default above 1x1"
@@ -148,7 +149,7 @@ def test_kernels_of_one_pixel_run_natively(op, glue):
     (THREE, BF16, NOT_MEASURED),
     (POINTWISE, torch.float32, "the CUDA kernels convolve 16-bit types"),
     (Conv((2, 16, 4, 4), (24, 16, 1, 1), padding=(0, 0), layout="NCHW"), BF16, "are NCHW"),
-    (Conv((2, 32, 4, 4), (32, 4, 1, 1), padding=(0, 0), groups=8), BF16, "groups of 4 channels"),
+    (NARROW, BF16, NOT_MEASURED),
 ], ids=["3x3", "float32", "NCHW", "groups"])  # fmt: skip
 def test_what_goes_to_pytorch_and_why(case, dtype, reason, glue):
     _, (event, *parts), _ = run_natively(case, dtype=dtype)
@@ -158,7 +159,9 @@ def test_what_goes_to_pytorch_and_why(case, dtype, reason, glue):
 
 def test_by_name_every_convolution_runs_natively(glue, monkeypatch):
     monkeypatch.setattr(dispatch, "forced_backend", lambda: "native")
-    assert run_natively(THREE)[1][0].backend == "native" and glue == [("conv_bn_act", 0)]
+    for case in (THREE, NARROW):
+        assert run_natively(case)[1][0].backend == "native"
+    assert glue == [("conv_bn_act", 0)] * 2
 
 
 def test_why_the_kernel_cannot_run_is_told(glue, monkeypatch):

@@ -98,9 +98,11 @@ def test_without_measurement_one_pixel_goes_to_triton_and_others_to_pytorch():
     (found,) = infer(POINTWISE)
     assert (found.op, found.backend, found.launches) == ("conv_bn_act", "triton", 1)
     assert found.reason is None
-    first, second = infer(THREE)
-    assert (first.backend, first.reason) == ("aten", NOT_MEASURED)
-    assert (second.op, second.backend) == ("bn_act", "triton")
+    narrow = Conv((2, 32, 4, 4), (32, 4, 1, 1), padding=(0, 0), groups=8)
+    for case in (THREE, narrow):
+        first, second = infer(case)
+        assert (first.backend, first.reason) == ("aten", NOT_MEASURED)
+        assert (second.op, second.backend) == ("bn_act", "triton")
     found = train(POINTWISE)
     assert [(e.op, e.backend, e.launches) for e in found] == [
         ("bn_stats", "triton", 1), ("conv_stats", "triton", 2),
