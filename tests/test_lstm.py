@@ -206,6 +206,22 @@ def test_unbatched_and_autocast():
     assert h.dtype == c.dtype == torch.float32
 
 
+@pytest.mark.parametrize("forget_gate", [True, False])
+def test_a_symbolic_trace_sees_pytorchs_functions(forget_gate):
+    cell = fusedres.ResidualLSTMCell(5, 7, forget_gate=forget_gate)
+    traced = torch.fx.symbolic_trace(nn.Sequential(cell))
+    assert not any("fusedres" in str(node.target) for node in traced.graph.nodes)
+    for x in (randn((3, 5)), randn((5,))):
+        torch.testing.assert_close(traced(x), cell(x))
+
+
+def test_types_are_named():
+    with pytest.raises(TypeError, match="input_size: wanted a whole number, got '8'"):
+        fusedres.ResidualLSTMCell("8", 4)
+    with pytest.raises(TypeError, match="input: wanted dtype torch.float32 .the weight's., got"):
+        fusedres.ResidualLSTMCell(5, 4)(torch.zeros(2, 5).double())
+
+
 @pytest.mark.parametrize("call,message", [
     (lambda cell: cell(torch.zeros(2, 4)), r"input: wanted shape \[N, 5\] or \[5\], got \(2, 4\)"),
     (lambda cell: cell(torch.zeros(2, 1, 5)), "input: wanted shape"),

@@ -11,6 +11,7 @@ from ..ops import bn_act, conv_stats
 from ..ops.convolution import Geometry
 from ..ops.define import PLAIN
 from ..ops.dense_block import Layer, dense_block
+from ..running_stats import normalised
 from .recognise import Norm, act_of, geometry_of, hooked, norm_of, symbolic
 from .unit import autocasts, operands, track, track_all
 
@@ -32,6 +33,11 @@ class DenseLayer(nn.Module):
         memory_efficient: bool = False,
     ):  # fmt: skip
         super().__init__()
+        sizes = dict(
+            num_input_features=num_input_features, growth_rate=growth_rate, bn_size=bn_size
+        )
+        for name, size in sizes.items():
+            checks.size(name, size)
         checks.probability("drop_rate", drop_rate)
         self.norm1 = nn.BatchNorm2d(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
@@ -55,7 +61,7 @@ def pre_norm_conv(x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Conv2d) -
     half = "tracing" if symbolic(x) else _half_of(x, None, norm, act, conv)
     if isinstance(half, str):
         observers.notify(observers.Event("norm, conv", "unfused", half, launches=3))
-        return conv(act(norm(x)))
+        return conv(act(normalised(norm, x)))
     found, geometry = half
     x, weight, bias = operands(x, conv)
     x = dense(x)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import checks, dispatch
 from .. import functional as F
 from ..ops.define import transformed
+from .recognise import symbolic
 
 
 def _adds_in_place(*tensors: Tensor) -> bool:
@@ -34,6 +35,11 @@ class ResidualLSTMCell(nn.Module):
         input_size, hidden_size, bias: as for nn.LSTMCell.
         forget_gate: whether the state has a gate.
 
+    Raises:
+        ValueError: a size < 1; in the forward an input or a state of another shape.
+        TypeError: a size that is no whole number; an input of another dtype than the weights'
+            (RuntimeError: another device).
+
     Numerics: under autocast the products are in its dtype and the state keeps its own.
     """
 
@@ -42,9 +48,8 @@ class ResidualLSTMCell(nn.Module):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        for name, size in dict(input_size=input_size, hidden_size=hidden_size).items():
-            if size < 1:
-                raise ValueError(f"{name}: wanted a number >= 1, got {size}")
+        checks.size("input_size", input_size)
+        checks.size("hidden_size", hidden_size)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.forget_gate = bias, forget_gate
         rows = (4 if forget_gate else 3) * hidden_size
@@ -60,6 +65,9 @@ class ResidualLSTMCell(nn.Module):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """``input``: [N, input_size] or [input_size]; ``hx``: (h, c), default zeros."""
+        if symbolic(input):
+            return plain(self, input, hx)
+        checks.layer_input("input", input, self.weight_ih)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             wanted = f"[N, {self.input_size}] or [{self.input_size}]"
             raise ValueError(f"input: wanted shape {wanted}, got {tuple(input.shape)}")
@@ -89,3 +97,18 @@ class ResidualLSTMCell(nn.Module):
         extra = "" if self.bias else ", bias=False"
         extra += "" if self.forget_gate else ", forget_gate=False"
         return f"{self.input_size}, {self.hidden_size}{extra}"
+
+
+def plain(
+    cell: ResidualLSTMCell, x: Tensor, hx: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cell in PyTorch's own functions, for traces and ``unfuse``."""
+    size, linear = cell.hidden_size, nn.functional.linear
+    gates = linear(x, cell.weight_ih, cell.bias_ih)
+    h, c = (torch.zeros_like(gates[..., :size], dtype=x.dtype),) * 2 if hx is None else hx
+    gates = (gates + linear(h, cell.weight_hh, cell.bias_hh)).to(c.dtype)
+    parts = [gates[..., k * size : (k + 1) * size] for k in range(4 if cell.forget_gate else 3)]
+    i, g, o = parts[0], *parts[-2:]
+    kept = torch.sigmoid(parts[1]) * c if cell.forget_gate else c
+    c = kept + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..blocks import highway, mlp
+from ..blocks import highway, lstm, mlp
 from ..blocks.transformer import drop_path_rows
 from .recipe import Recipe
 
@@ -43,17 +43,6 @@ def encoder_layer(self: nn.Module, *args, **kwargs) -> Tensor:
     return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
 
 
-def lstm_cell(self: nn.Module, input: Tensor, hx=None) -> tuple[Tensor, Tensor]:
-    if hx is None:
-        hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2
-    gates = F.linear(input, self.weight_ih, self.bias_ih)
-    gates = gates + F.linear(hx[0], self.weight_hh, self.bias_hh)
-    i, *f, g, o = gates.to(hx[1].dtype).split(self.hidden_size, -1)
-    kept = torch.sigmoid(*f) * hx[1] if self.forget_gate else hx[1]
-    c = kept + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
 _FORWARDS = {
     "blocks.densenet.DenseLayer": dense_layer,
     "blocks.densenet.DenseBlock": dense_block,
@@ -64,7 +53,7 @@ _FORWARDS = {
     "blocks.transformer.TransformerEncoderLayer": encoder_layer,
     "blocks.highway.Highway": highway.plain,
     "blocks.highway.HighwayConv2d": highway.plain,
-    "blocks.lstm.ResidualLSTMCell": lstm_cell,
+    "blocks.lstm.ResidualLSTMCell": lstm.plain,
     "blocks.mlp.ResidualMLP": mlp.plain_residual,
     "blocks.mlp.DenselyConnectedMLP": mlp.plain_dense,
 }
