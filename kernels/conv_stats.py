@@ -60,8 +60,10 @@ def conv_stats_fwd_kernel(
             )  # fmt: skip
         start, offs, inside, c0 = result_tile(m0, group, k0, groups, M, K, BLOCK_M, BLOCK_N)
         in_rows = (tl.arange(0, BLOCK_M) < M - m0)[:, None]
-        if bias_ptr is not None:  # without one, rows beyond M are zeros
+        if bias_ptr is not None:
             y += load_channels(bias_ptr, c0, channels, BLOCK_N, 0.0)[None, :]
+        # Rows beyond M are zeros already, unless a bias or, in descriptors' zeros, a norm is added.
+        if (bias_ptr is not None) or (TMA and mean_ptr is not None):
             y = tl.where(in_rows, y, 0.0)
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + start + offs, y, mask=inside)
