@@ -81,6 +81,14 @@ def test_training(case, device, dtype):
     assert [n for n in launched if "conv" in n] == ["conv_stats_fwd_kernel"]
 
 
+def check_statistics(found, y):
+    """Mean and variance of the values that were stored."""
+    for out, ref, eager in zip(
+        found, reference.bn_stats(y.double()), reference.bn_stats(y), strict=True
+    ):
+        assert_as_accurate_as_eager(out, ref, eager, count=values_per_channel(y))
+
+
 @executions
 @pytest.mark.parametrize("case", ["1x1", "3x3_stride", "grouped", "tiles"])
 @pytest.mark.usefixtures("kernels_only")
@@ -92,10 +100,7 @@ def test_statistics_are_of_the_values_that_are_stored(case, device, dtype, monke
     with triton_on(device):
         y, *found = torch.ops.fusedres.conv_stats(*args, True)
         same, *nothing = torch.ops.fusedres.conv_stats(*args, False)
-    for out, ref, eager in zip(
-        found, reference.bn_stats(y.double()), reference.bn_stats(y), strict=True
-    ):
-        assert_as_accurate_as_eager(out, ref, eager, count=values_per_channel(y))
+    check_statistics(found, y)
     assert_same_bits({"y": y}, {"y": same})
     assert [t.numel() for t in nothing] == [0, 0]
 
@@ -113,10 +118,7 @@ def test_statistics_far_from_zero(device, monkeypatch):
         y, *found = torch.ops.fusedres.conv_stats(
             t["x"], *no_bn, t["weight"], t["bias"], *case.geometry, True
         )
-    for out, ref, eager in zip(
-        found, reference.bn_stats(y.double()), reference.bn_stats(y), strict=True
-    ):
-        assert_as_accurate_as_eager(out, ref, eager, count=values_per_channel(y))
+    check_statistics(found, y)
 
 
 @interpreted
@@ -135,6 +137,21 @@ def test_through_tensor_descriptors(norm, dtype):
         with triton_on("cpu"):
             inference.check_against_reference(inference_tensors(case, dtype), case, "relu")
             training.check_against_reference(tensors, case, dict(bn=norm, act="silu"))
+
+
+@interpreted
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.usefixtures("kernels_only")
+def test_rows_that_fill_up_the_last_tile_are_not_in_the_statistics(tma, monkeypatch):
+    """What a norm makes of a descriptor's zeros is far from zero."""
+    monkeypatch.setattr(conv, "target_has_tma", lambda device: tma)
+    case = Conv((3, 24, 3, 5), (20, 24, 1, 1), padding=(0, 0))
+    t = training.tensors_of(case, torch.float32, bn="running")
+    norm = t["bn_weight"], t["bn_bias"] + 50.0, t["mean"], t["var"], False, 1e-5, "relu"
+    args = t["x"], *norm, t["weight"], None, *case.geometry, True
+    with triton_on("cpu"):
+        y, *found = torch.ops.fusedres.conv_stats(*args)
+    check_statistics(found, y)
 
 
 def inference_args(case: Conv, t: dict) -> tuple:
