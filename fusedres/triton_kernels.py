@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .native import REFUSED
 
@@ -68,8 +69,30 @@ def device_reason(index: int) -> str | None:
         name, (major, minor) = torch.cuda.get_device_name(index), LOWEST_CAPABILITY
         has = "{}.{}".format(*capability)
         return f"{name} has compute capability {has}, the kernels need {major}.{minor}"
-    if interpreted():
-        return "TRITON_INTERPRET is set: the kernels are interpreted, on CPU tensors"
+    try:
+        if interpreted():
+            return "TRITON_INTERPRET is set: the kernels are interpreted, on CPU tensors"
+    except ImportError as error:
+        return f"Triton {version()} cannot be imported: {error}"
+    return trial(torch.device("cuda", index))
+
+
+def trial(device: torch.device) -> str | None:
+    """Why Triton compiles or launches nothing for this device, or None: runs its least kernel.
+
+    A C compiler may be missing, which Triton needs to launch, or code for so new a GPU in Triton.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # compiling spoils a capture: the op that is captured will say what is wrong
+    launch, bn_act = (package().module(name) for name in ("launch", "bn_act"))
+    try:
+        with launch.uncounted(), _disable_current_modes():  # fake tensors launch nothing
+            bn_act.bn_stats(torch.zeros(2, 16, 1, 1, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:300]
+        return f"Triton {version()} runs no kernel on {device}: {type(error).__name__}: {told}"
     return None
 
 

@@ -36,6 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(native, "_refusals", {})
         monkeypatch.setattr(triton_kernels, "version", lambda: triton)
         monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
+        monkeypatch.setattr(triton_kernels, "trial", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fusedres
 from cases import randn
@@ -41,6 +43,7 @@ def gpu(monkeypatch):
             monkeypatch.setattr(triton_kernels, name, getattr(triton_kernels, name).__wrapped__)
         monkeypatch.setattr(triton_kernels, "version", lambda: version)
         monkeypatch.setattr(triton_kernels, "interpreted", lambda: interpreted)
+        monkeypatch.setattr(triton_kernels, "trial", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
         monkeypatch.setattr(dispatch, "_warned", set())
@@ -103,6 +106,44 @@ def test_a_gpu_that_triton_cannot_target_is_one_warning(gpu):
         assert dispatch.choose("bn_se_act", on("cuda:0")).backend == "reference"
         assert dispatch.choose("bn_act", on("cuda:0", torch.float64)).backend == "reference"
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("version,reason", [(None, "not installed"), ("3.5.1", "older than 3.6")])
+def test_a_triton_that_is_missing_or_too_old_is_one_warning(version, reason, gpu):
+    gpu(version=version)
+    with pytest.warns(RuntimeWarning, match=f"runs plain PyTorch: triton: .*{reason}") as caught:
+        choices = [dispatch.choose(op, on("cuda:0")) for op in ("bn_act", "bn_stats", "bn_act")]
+    assert len(caught) == 1
+    assert all(c.backend == "reference" and reason in c.reason for c in choices)
+
+
+@pytest.mark.parametrize("error,wanted", [
+    (RuntimeError("Failed to find C compiler. Please\n specify"), "RuntimeError: Failed to find C"),
+    (ValueError("sm_130 is not\n a target"), "ValueError: sm_130 is not a target"),
+], ids=["compiler", "target"])  # fmt: skip
+def test_a_gpu_for_which_triton_compiles_nothing_is_one_warning(error, wanted, gpu, monkeypatch):
+    """No C compiler, or a GPU newer than Triton: found out by one small kernel, once a device."""
+    real, tried = triton_kernels.trial, []
+
+    def no_code(x):
+        tried.append(x.shape)
+        raise error
+
+    gpu()
+    monkeypatch.setattr(triton_kernels.package().module("bn_act"), "bn_stats", no_code)
+    monkeypatch.setattr(triton_kernels, "trial", lambda device: real(torch.device("cpu")))
+    monkeypatch.setattr(triton_kernels, "device_reason", cache(triton_kernels.device_reason))
+    with pytest.warns(RuntimeWarning, match=f"Triton 3.7.1 runs no kernel on cpu: {wanted}") as w:
+        choices = [dispatch.choose(op, on("cuda:0")) for op in ("bn_act", "bn_se_act")]
+    assert len(w) == len(tried) == 1
+    assert all(c.backend == "reference" and wanted in c.reason for c in choices)
+
+
+@on_this_cpu
+def test_the_trial_launches_a_kernel_that_nobody_counts():
+    with triton_kernels.counted() as launched, FakeTensorMode():
+        assert triton_kernels.trial(torch.device("cpu")) is None
+    assert launched == []
 
 
 def test_float64_on_a_gpu_belongs_to_the_reference_without_a_warning(gpu, recwarn):
