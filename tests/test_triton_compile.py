@@ -75,3 +75,15 @@ def test_what_the_gate_refuses(loads, stores, stack, message):
         assert messages == []
     else:
         assert len(messages) == 1 and message in messages[0]
+
+
+@pytest.mark.parametrize("arch,counts,refused", [
+    (120, {"STL.64": 2, "UTMALDG.2D": 2}, False),
+    (120, {"STL.64": 2, "UTMALDG.2D": 2, "LDL.64": 1}, True),
+    (120, {"STL.64": 2}, True),
+    (90, {"STL.64": 2, "UTMALDG.2D": 2}, True),
+])  # fmt: skip
+def test_the_arguments_of_guards_of_tensor_copies_are_no_spills(arch, counts, refused):
+    job = compile_gate.Job("", "conv_kernel", "bf16", arch, (("num_warps", 8),), (), (), ())
+    messages = list(compile_gate.failures(compile_gate.Found(job, stack=8, counts=counts)))
+    assert bool(messages) == refused and all("spills: 8 bytes" in m for m in messages)
