@@ -15,6 +15,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 | mlp.py | the squeeze-excite MLP on [N, C] |
 | implicit_gemm.py, conv.py | the convolutions' mainloop; its configurations, and who convolves |
 | ways.py | who can convolve, and what our kernels take; the one file without Triton |
+| bn_act_grid.py | bn_act in one cooperative launch, for tensors that the chip holds |
 | <op>.py | the op's launchers, and the kernels that are its own |
 
 ``kernels`` is the name of another package, so this folder refuses to be imported under it.

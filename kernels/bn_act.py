@@ -1,22 +1,24 @@
 """``bn_act``, ``bn_stats`` and ``bn_act_backward`` on Triton.
 
 Training: three launches (partial statistics, their merge, apply), running statistics: one.
-Backward: three (partial sums, their merge, apply). A small channels_last tensor takes one each: a
-program holds all pixels of its channels in registers, so x is read once.
+Backward: three (partial sums, their merge, apply). Small tensors take one each, and x is read once:
+a program holds all pixels of its channels in registers (few pixels, channels_last), or all programs
+are on the chip together and hold all tiles (``bn_act_grid``).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import passes
+from . import bn_act_grid, passes, tuning
 from .activations import act_forward, act_mask
-from .launch import View, cdiv, launch, power_of_2
+from .launch import Config, View, cdiv, launch, power_of_2
 from .passes import Incoming, Norm
 from .stats import MERGE_CHANNELS, MERGE_PARTS, batch_statistics, moments
 from .stream import bn_scale, gradient_tile
@@ -25,6 +27,16 @@ from .tile import load_channels, mask_tile, pack_bits, spread, sum_pixels, tile
 # Up to so many pixels a program holds 16 channels in registers: 32 values a thread of 16 warps. 16
 # channels are a 32-byte sector in 16 bits. A choice by size alone, not measured.
 WHOLE_PIXELS, WHOLE_CHANNELS = 1024, 16
+
+
+@dataclass(frozen=True)
+class Launches:
+    """How an op that could be one launch is carried out."""
+
+    number: int
+
+
+AT_ONCE, STREAMED = Launches(1), Launches(3)
 
 # Computes: mean, var of the batch; y = act(a * (x - mean) + bias + residual) unless y is None
 # Reads:    x, residual [HW, C] once
@@ -156,6 +168,11 @@ def _whole(kernel, view: View, *args, **flags) -> None:
     )  # fmt: skip
 
 
+def _ways(view: View, config: Config) -> list[Launches]:
+    """The default first: one launch where every tile has a multiprocessor. Not measured."""
+    return [AT_ONCE, STREAMED] if bn_act_grid.fits(view, config) else [STREAMED]
+
+
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     view = View("bn_stats", x, images=False)
     if not x.numel():
@@ -191,9 +208,17 @@ def bn_act(
             norm.weight, norm.bias, mean, var, view.c, view.hw, eps, ACT=act,
         )  # fmt: skip
         return y, mean, var, mask
-    norm = norm.with_statistics(*batch_statistics(moments(view)))
-    passes.apply(view, y, mask, norm, residual=residual, act=act)
-    return y, norm.mean, norm.var, mask
+
+    def work(way: Launches) -> tuple[Tensor, Tensor]:
+        if way is AT_ONCE:
+            return bn_act_grid.forward(view, residual, y, mask, norm, act)
+        mean, var = batch_statistics(moments(view))
+        passes.apply(view, y, mask, norm.with_statistics(mean, var), residual=residual, act=act)
+        return mean, var
+
+    key = view.key("bn_act", act, residual is not None, save_mask)
+    mean, var = tuning.run(key, _ways(view, bn_act_grid.FORWARD), work, x.device)
+    return y, mean, var, mask
 
 
 def bn_act_backward(
@@ -209,21 +234,38 @@ def bn_act_backward(
     if not x.numel():
         zeros = torch.zeros(view.c, dtype=torch.float32, device=x.device)
         return dx, zeros, zeros.clone(), dresidual
-    dweight, dbias = view.new(view.c), view.new(view.c)
     if fits_registers(view):
+        dweight, dbias = view.new(view.c), view.new(view.c)
         _whole(
             bn_act_bwd_whole_kernel, view, dy, x, residual, given.mask, *norm.pointers, dweight,
             dbias, dx, dresidual if need_dresidual else None, view.c, view.hw, eps,
             BATCH_STATS=batch_stats, ACT=act,
         )  # fmt: skip
         return dx, dweight, dbias, dresidual
+
+    def work(way: Launches) -> tuple[Tensor, Tensor]:
+        if way is AT_ONCE:
+            return bn_act_grid.backward(view, given, norm, dx, dresidual)
+        return _streamed_backward(view, given, norm, dx, dresidual)
+
+    key = view.key("bn_act_backward", act, residual is not None, given.mask is not None)
+    ways = _ways(view, bn_act_grid.BACKWARD)
+    dweight, dbias = tuning.run(key, ways, work, x.device)
+    return dx, dweight, dbias, dresidual
+
+
+def _streamed_backward(
+    view: View, given: Incoming, norm: Norm, dx: Tensor, dresidual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write dx, and dresidual if it is not empty; dweight and dbias."""
+    dweight, dbias = view.new(view.c), view.new(view.c)
     sum_u, sum_ux, _ = passes.reduce(view, given, norm)
     block_c = min(MERGE_CHANNELS, power_of_2(view.c))
     launch(
         bn_act_bwd_merge_kernel, cdiv(view.c, block_c), sum_u, sum_ux, norm.var, dweight, dbias,
-        sum_u.shape[0], view.c, eps, device=x.device, warps=4, BLOCK_P=MERGE_PARTS,
+        sum_u.shape[0], view.c, norm.eps, device=dx.device, warps=4, BLOCK_P=MERGE_PARTS,
         BLOCK_C=block_c,
     )  # fmt: skip
-    through = (dweight, dbias) if batch_stats else None
+    through = (dweight, dbias) if norm.batch_stats else None
     passes.backward_apply(view, given, norm, dx, dresidual, through=through)
-    return dx, dweight, dbias, dresidual
+    return dweight, dbias

@@ -10,10 +10,12 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 # Read once, as Triton does: a kernel is interpreted or compiled from its import on.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -22,6 +24,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 TILE_PIXELS = 256
 # A reducing pass aims at this many programs: eight for each of an H100's 132 multiprocessors.
 REDUCE_PROGRAMS = 1024
+MULTIPROCESSORS = 132  # an H100's
+TOO_MANY = "too many blocks in cooperative launch"  # CUDA's words
 
 
 @dataclass(frozen=True)
@@ -106,23 +110,50 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def programs_at_once(device: torch.device) -> int:
+    """How many programs of any size run together: the multiprocessors; an H100's in a dry run."""
+    return _multiprocessors(device.index) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def launch(
     kernel, programs: int, *args, device: torch.device, warps: int, stages: int | None = None,
-    **flags,
+    meeting: bool = False, **flags,
 ) -> None:  # fmt: skip
     """Start ``programs`` programs of ``kernel`` on the current stream of ``device``.
 
     Args:
         args: the kernel's arguments that are not constexpr, in order; ``flags`` are the others.
         stages: of software pipelining, where the kernel's loop has it.
+        meeting: the programs wait for each other: all of them run at once, or none does. The
+            interpreter, which cannot do that, runs what is before the meeting, then what is behind.
+
+    Raises:
+        OutOfResources: the device has no room for all programs of a meeting, or for one of any.
     """
     options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
-    call = Launch(kernel, programs, args, options, flags)
+    phases = [flags]
+    if meeting:
+        options["launch_cooperative_grid"] = True
+        in_turn = ("before", "behind") if INTERPRETED and not is_dry() else ("all",)
+        phases = [flags | {"PHASE": phase} for phase in in_turn]
+    call = Launch(kernel, programs, args, options, phases[0])
     if _state.dry is not None:
         _state.dry.append(call)
         return
-    with on(device):
-        kernel[(programs,)](*args, **flags, **options)
+    try:
+        with on(device):
+            for constants in phases:
+                kernel[(programs,)](*args, **constants, **options)
+    except RuntimeError as error:
+        if not (meeting and TOO_MANY in str(error)):
+            raise
+        limit = programs_at_once(device)
+        raise OutOfResources(programs, limit, "programs that run at once") from error
     for names in _state.counters:
         names.append(call.name)
 

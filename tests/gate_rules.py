@@ -18,6 +18,8 @@ STREAMING = {
     "bn_stats_kernel": (),
     "bn_act_fwd_whole_kernel": ("y_ptr",),
     "bn_act_bwd_whole_kernel": ("dx_ptr", "dresidual_ptr"),
+    "bn_act_fwd_grid_kernel": ("y_ptr",),
+    "bn_act_bwd_grid_kernel": ("dx_ptr", "dresidual_ptr"),
     "stream_fwd_apply_kernel": ("y_ptr",),
     "stream_bwd_reduce_kernel": (),
     "stream_bwd_apply_kernel": ("dx_ptr", "dresidual_ptr"),
@@ -146,6 +148,8 @@ def narrow_accesses(found: Found) -> Iterator[str]:
     narrow = {"U8"}
     if not flags["NHWC"] or "saved_mean_ptr" in present:
         narrow.add("32")
+    if "arrived_ptr" in present:  # the sums of the other programs, and the counter
+        narrow |= {"32", "64"}
     if "row_scale_ptr" in present:
         narrow.add("U16" if size == 2 else "32")
     loads, stores = found.widths("LDG"), found.widths("STG")

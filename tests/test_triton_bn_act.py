@@ -13,15 +13,37 @@ from fusedres.layout import pack_mask
 from harness import assert_same_bits, assert_same_non_finite, gradients, same_bits
 from triton_cases import SMALL, devices, executions, gpu, many_programs, to, triton_on  # noqa: F401
 
-# What is launched for a small channels_last tensor, and what for others.
+pytest.importorskip("triton")
+bn_act, grid, launch, tuning = (
+    triton_kernels.package().module(name) for name in ("bn_act", "bn_act_grid", "launch", "tuning")
+)
+
+# What is launched for a small channels_last tensor, for one that is on the chip, for others.
 WHOLE, WHOLE_BACKWARD = ["bn_act_fwd_whole_kernel"], ["bn_act_bwd_whole_kernel"]
+AT_ONCE, AT_ONCE_BACKWARD = ["bn_act_fwd_grid_kernel"], ["bn_act_bwd_grid_kernel"]
 APPLY = ["stream_fwd_apply_kernel"]
 TRAINING = ["bn_stats_kernel", "bn_stats_merge_kernel", "stream_fwd_apply_kernel"]
 BACKWARD = ["stream_bwd_reduce_kernel", "bn_act_bwd_merge_kernel", "stream_bwd_apply_kernel"]
 
 
+@pytest.fixture
+def streamed(monkeypatch):
+    """Tensors that would fit on the chip take the way of those that do not."""
+    monkeypatch.setattr(bn_act, "_ways", lambda view, config: [bn_act.STREAMED])
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every tensor is on the chip, in several tiles: their programs meet."""
+    monkeypatch.setattr(bn_act, "_ways", lambda view, config: [bn_act.AT_ONCE])
+    monkeypatch.setattr(bn_act, "WHOLE_PIXELS", 0)
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(grid, name, launch.Config(512, 16, 4))
+
+
 @executions
 @pytest.mark.parametrize("case", SMALL)
+@pytest.mark.usefixtures("streamed")
 def test_training(case, device, dtype):
     options = bn.OPTIONS[case]
     tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"])
@@ -32,7 +54,61 @@ def test_training(case, device, dtype):
 
 
 @executions
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.usefixtures("at_once")
+def test_training_in_one_launch(case, device, dtype):
+    options = bn.OPTIONS[case]
+    tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"])
+    with triton_on(device), triton_kernels.counted() as launched:
+        bn.check_against_reference(to(device, tensors), options["act"])
+    assert launched == AT_ONCE + AT_ONCE_BACKWARD
+
+
+@devices
+@layouts
+@pytest.mark.usefixtures("at_once")
+def test_frozen_statistics_and_many_parts_in_one_launch(layout, device):
+    for training in (True, False):
+        tensors = bn.tensors_of((3, 20, 6, 9), layout, torch.float32, training=training)
+        with triton_on(device), triton_kernels.counted() as launched:
+            bn.check_against_reference(to(device, tensors), "relu")
+        assert launched == (AT_ONCE if training else APPLY) + AT_ONCE_BACKWARD
+
+
+@pytest.mark.parametrize("multiprocessors,at_once", [(12, True), (11, False)])
+def test_one_launch_where_every_tile_has_a_multiprocessor(multiprocessors, at_once, monkeypatch):
+    """Counters that programs meet at are zeroed by each launch, which is cooperative."""
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", multiprocessors)
+    x = torch.empty(2, 128, 24, 32, device="meta").contiguous(memory_format=torch.channels_last)
+    with launch.dry_run() as recorded:
+        bn_act.bn_act(x, None, None, None, None, None, True, 1e-5, "relu", False)
+    assert (recorded[0].name == AT_ONCE[0]) == at_once and recorded[-1].name == APPLY[0]
+    if at_once:
+        assert recorded[0].programs == multiprocessors and recorded[0].flags["PHASE"] == "all"
+        assert recorded[0].options["launch_cooperative_grid"]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels are compiled here")
+def test_a_gpu_that_refuses_a_cooperative_launch_streams(monkeypatch):
+    """Part of the multiprocessors may belong to someone else."""
+
+    def refuse(*args, **options):
+        raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    monkeypatch.setattr(tuning, "_unfit", set())
+    monkeypatch.setattr(grid.bn_act_fwd_grid_kernel, "run", refuse)
+    tensors = bn.tensors_of((2, 20, 5, 7), "NCHW", torch.float32)
+    with triton_on("cpu"), triton_kernels.counted() as launched:
+        with pytest.warns(RuntimeWarning, match="bn_act: .* programs that run at once") as caught:
+            bn.check_against_reference(tensors, "relu")
+            bn.check_against_reference(tensors, "relu")
+    assert sum("is left out" in str(w.message) for w in caught) == 1
+    assert launched == 2 * (TRAINING + AT_ONCE_BACKWARD)
+
+
+@executions
 @pytest.mark.parametrize("case", [c for c in SMALL if c in bn.EVAL_OPTIONS])
+@pytest.mark.usefixtures("streamed")
 def test_running_statistics_with_gradients(case, device, dtype):
     options = bn.EVAL_OPTIONS[case]
     tensors = bn.tensors_of(*SHAPES[case], dtype, residual=options["residual"], training=False)
@@ -81,6 +157,19 @@ def test_statistics_far_from_zero(far, split, layout, device, request):
     x = arrange(torch.randn(2, 5, 11, 9) + far, layout).to(device)
     with triton_on(device):
         found = torch.ops.fusedres.bn_stats(x)
+    eager = reference.bn_stats(x)
+    for out, ref, plain in zip(found, reference.bn_stats(x.double()), eager, strict=True):
+        assert_as_accurate_as_eager(out, ref, plain, count=values_per_channel(x))
+
+
+@devices
+@layouts
+@pytest.mark.usefixtures("at_once")
+def test_statistics_far_from_zero_in_one_launch(layout, device):
+    x = arrange(torch.randn(3, 20, 11, 9) + 256.0, layout).to(device)
+    args = x, None, None, None, None, None, True, 1e-5, "relu", False
+    with triton_on(device):
+        _, *found, _ = torch.ops.fusedres.bn_act(*args)
     eager = reference.bn_stats(x)
     for out, ref, plain in zip(found, reference.bn_stats(x.double()), eager, strict=True):
         assert_as_accurate_as_eager(out, ref, plain, count=values_per_channel(x))
@@ -169,8 +258,10 @@ def test_empty_batch(shape, training, device):
 
 @devices
 @layouts
+@pytest.mark.parametrize("fixture", ["streamed", "at_once"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_values_propagate(value, layout, device):
+def test_non_finite_values_propagate(value, layout, device, request, fixture):
+    request.getfixturevalue(fixture)
     for training in (True, False):
         tensors = to(device, bn.tensors_of((2, 19, 3, 3), layout, torch.float32, training=training))
         tensors["x"][1, 2, 1, 0] = value
@@ -181,8 +272,9 @@ def test_non_finite_values_propagate(value, layout, device):
 
 
 @devices
-@pytest.mark.usefixtures("many_programs")
-def test_same_bits_from_run_to_run(device):
+@pytest.mark.parametrize("fixture", ["many_programs", "at_once"])
+def test_same_bits_from_run_to_run(device, request, fixture):
+    request.getfixturevalue(fixture)
     tensors = to(device, bn.tensors_of((2, 24, 7, 5), "NHWC", torch.float16))
     with triton_on(device):
         assert_same_bits(gradients(bn.fused(), tensors), gradients(bn.fused(), tensors))

@@ -186,7 +186,7 @@ def test_asked_for_by_name_it_interprets_and_says_so():
     with triton_on("cpu"), observers.observe(events.append):
         batch_norm_act(x, None, None, training=True).sum().backward()
     found = [(e.op, e.backend, e.launches, e.reason) for e in events]
-    assert found == [("bn_act", "triton", 3, None), ("bn_act_backward", "triton", 3, None)]
+    assert found == [("bn_act", "triton", 1, None), ("bn_act_backward", "triton", 1, None)]
 
 
 @on_this_cpu
@@ -211,14 +211,14 @@ def test_double_backward_is_the_references():
 # --- blocks
 
 
-# In NCHW PyTorch convolves: two launches for the statistics of a result, one where the backward or
-# the next convolution wants its norm applied, three for a norm's backward; the addition and both
-# norms before it one, backward three. In NHWC a 1x1 convolution does all that is around it in two,
-# and the other statistics and norms of so small a tensor take one launch each.
+# In NCHW PyTorch convolves: one launch for a norm that is applied before the next convolution, in
+# the backward one more that applies it again; two for statistics alone; the addition and both norms
+# before it one, backward three. In NHWC a 1x1 convolution does all that is around it in two, and the
+# statistics of so small a tensor take one.
 LAUNCHES = {
-    ("BasicBlock", "NCHW"): (3 * 2 + 1 + 1, 3 + 1 + 3),
-    ("Bottleneck", "NCHW"): (4 * 2 + 2 + 1, 3 + 2 * (1 + 3)),
-    ("SEBasicBlock", "NCHW"): (2 * 2 + 1 + 1 + 6, 2 * 3 + 8 + 1),  # bn_se_act: 6 and 8
+    ("BasicBlock", "NCHW"): (1 + 2 * 2 + 1, 3 + 1 + 1),
+    ("Bottleneck", "NCHW"): (2 * 1 + 2 * 2 + 1, 3 + 2 * (1 + 1)),
+    ("SEBasicBlock", "NCHW"): (2 * 1 + 6, 2 * 1 + 8 + 1),  # bn_se_act: 6 and 8
     ("BasicBlock", "NHWC"): (2 + 1 + 1 + 1, 3 + 1 + 1),
     ("Bottleneck", "NHWC"): (3 * 2 + 1 + 1 + 1, 3 + 2 * (1 + 1)),
 }
@@ -272,7 +272,7 @@ def test_explain_counts_launches():
     with triton_on("cpu"):
         found = fusedres.explain(model, randn((2, 16, 4, 4)))
     launches = [(r.op, r.launches) for r in found.rows if r.backend == "triton"]
-    assert launches == [("bn_act", 3), ("bn_act", 3), ("bn_se_act", 6)]  # statistics included
+    assert launches == [("bn_act", 1), ("bn_act", 1), ("bn_se_act", 6)]  # statistics included
 
 
 @on_this_cpu

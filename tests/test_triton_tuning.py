@@ -168,11 +168,8 @@ def test_every_configuration_computes_the_same_and_measuring_writes_to_nothing(
     module, options, check = OPS[op]
     timers: list[Timer] = []
 
-    def timer(run) -> float:
-        return timers[-1](run)
-
     def measured(key, configs, work, device):
-        timers.append(Timer(fastest % len(configs)))
+        timers.append(timer := Timer(fastest % len(configs)))
         return work(tuning.best(key, configs, work, GPU, timer))
 
     monkeypatch.setenv("FUSEDRES_TUNE", "1")

@@ -60,3 +60,4 @@ def many_programs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "TILE_PIXELS", 8)
     monkeypatch.setattr(launch, "REDUCE_PROGRAMS", 6)
     monkeypatch.setattr(bn_act, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr(bn_act, "_ways", lambda view, config: [bn_act.STREAMED])
