@@ -178,11 +178,19 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return passes.no_statistics(view)
     if not fits_registers(view):
-        return batch_statistics(moments(view))
+        return _large_stats(view)
     mean, var = view.new(view.c), view.new(view.c)
     none = [None] * 5
     _whole(bn_act_fwd_whole_kernel, view, x, *none, mean, var, view.c, view.hw, 0.0, ACT="identity")
     return mean, var
+
+
+def _large_stats(view: View) -> tuple[Tensor, Tensor]:
+    def work(way: Launches) -> tuple[Tensor, Tensor]:
+        return bn_act_grid.statistics(view) if way is AT_ONCE else batch_statistics(moments(view))
+
+    ways = _ways(view, bn_act_grid.FORWARD)
+    return tuning.run(view.key("bn_stats_at_once"), ways, work, view.x.device)
 
 
 def bn_act(
@@ -211,7 +219,8 @@ def bn_act(
 
     def work(way: Launches) -> tuple[Tensor, Tensor]:
         if way is AT_ONCE:
-            return bn_act_grid.forward(view, residual, y, mask, norm, act)
+            bits = mask if save_mask else None
+            return bn_act_grid.forward(view, residual, y, bits, norm, act)
         mean, var = batch_statistics(moments(view))
         passes.apply(view, y, mask, norm.with_statistics(mean, var), residual=residual, act=act)
         return mean, var

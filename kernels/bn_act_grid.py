@@ -57,32 +57,42 @@ def sum_parts(ptr, parts, c0, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def pixels_of(p0, parts, HW, BLOCK_P: tl.constexpr, BLOCK_HW: tl.constexpr):
+    """[BLOCK_P, 1] how many pixels a part has, 0 where there is none; an image's last has fewer."""
+    p = p0 + tl.arange(0, BLOCK_P)
+    pixels = tl.minimum(HW - p % tl.cdiv(HW, BLOCK_HW) * BLOCK_HW, BLOCK_HW)
+    return tl.where(p < parts, pixels, 0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def merge_moments(
     mean_ptr, m2_ptr, parts, c0, C, HW, count,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance: the mean of the parts, then their deviations from it in fp32."""
-    chunks = tl.cdiv(HW, BLOCK_HW)
-    shift = load_channels(mean_ptr, c0, C, BLOCK_C, 0.0)
+    """Mean and biased variance in fp32: the mean, then its error and the deviations from it.
+
+    Chan, Golub and LeVeque 1983, eqs. 1.7 (the error's share of the variance) and 2.1.
+    """
     total = tl.zeros((BLOCK_C,), tl.float32)
     for p0 in range(0, parts, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        pixels = tl.where(p < parts, tl.minimum(HW - p % chunks * BLOCK_HW, BLOCK_HW), 0)
-        delta = load_parts(mean_ptr, p0, parts, c0, C, BLOCK_P, BLOCK_C) - shift[None, :]
-        total += tl.sum(tl.where((p < parts)[:, None], pixels[:, None] * delta, 0.0), 0)
-    mean = shift + total / count
+        pixels = pixels_of(p0, parts, HW, BLOCK_P, BLOCK_HW)
+        total += tl.sum(pixels * load_parts(mean_ptr, p0, parts, c0, C, BLOCK_P, BLOCK_C), 0)
+    mean = total / count
+    error = tl.zeros((BLOCK_C,), tl.float32)
     square = tl.zeros((BLOCK_C,), tl.float32)
     for p0 in range(0, parts, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        pixels = tl.where(p < parts, tl.minimum(HW - p % chunks * BLOCK_HW, BLOCK_HW), 0)
-        delta = load_parts(mean_ptr, p0, parts, c0, C, BLOCK_P, BLOCK_C) - mean[None, :]
+        pixels = pixels_of(p0, parts, HW, BLOCK_P, BLOCK_HW)
         m2 = load_parts(m2_ptr, p0, parts, c0, C, BLOCK_P, BLOCK_C)
-        between = tl.where((p < parts)[:, None], pixels[:, None] * delta * delta, 0.0)
-        square += tl.sum(m2 + between, 0)  # Chan, Golub and LeVeque 1983, eq. 2.1
-    return mean, square / count
+        delta = load_parts(mean_ptr, p0, parts, c0, C, BLOCK_P, BLOCK_C) - mean[None, :]
+        delta = tl.where(pixels > 0.0, delta, 0.0)
+        error += tl.sum(pixels * delta, 0)
+        square += tl.sum(m2 + pixels * delta * delta, 0)
+    error /= count
+    var = tl.maximum(square / count - error * error, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return mean + error, var
 
 
-# Computes: mean, var of the batch; y = act(a * (x - mean) + bias + residual)
+# Computes: mean, var of the batch; y = act(a * (x - mean) + bias + residual) unless y is None
 # Reads:    x, residual [N, C, HW] once; the parts of all programs, from the L2
 # Writes:   y [N, C, HW] once, mask one bit an element; mean, var [C]; part_mean, part_m2 [parts, C]
 # Traffic:  (2 or 3)*N*C*HW*sizeof(x) + N*C*HW/8 bytes
@@ -115,16 +125,19 @@ def bn_act_fwd_grid_kernel(
         )
         tl.store(mean_ptr + offs_c, mean, mask=(offs_c < C) & (part == 0))
         tl.store(var_ptr + offs_c, var, mask=(offs_c < C) & (part == 0))
-        a = tl.rsqrt(var + eps) * load_channels(weight_ptr, c0, C, BLOCK_C, 1.0)
-        bias = load_channels(bias_ptr, c0, C, BLOCK_C, 0.0)
-        z = (x.to(tl.float32) - spread(mean, NHWC)) * spread(a, NHWC) + spread(bias, NHWC)
-        if residual_ptr is not None:
-            z += tl.load(residual_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + start + offs, act_forward(z, ACT).to(y_ptr.dtype.element_ty), mask=inside)
-        if mask_ptr is not None:
-            bits = pack_bits(act_mask(z, ACT) & inside)
-            start, offs, inside = mask_tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
-            tl.store(mask_ptr + start + offs, bits, mask=inside)
+        if y_ptr is not None:
+            a = tl.rsqrt(var + eps) * load_channels(weight_ptr, c0, C, BLOCK_C, 1.0)
+            z = (x.to(tl.float32) - spread(mean, NHWC)) * spread(a, NHWC)
+            if bias_ptr is not None:
+                z += spread(load_channels(bias_ptr, c0, C, BLOCK_C, 0.0), NHWC)
+            if residual_ptr is not None:
+                z += tl.load(residual_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
+            y = act_forward(z, ACT).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + start + offs, y, mask=inside)
+            if mask_ptr is not None:
+                bits = pack_bits(act_mask(z, ACT) & inside)
+                start, offs, inside = mask_tile(n, c0, i0, C, HW, NHWC, WIDE, BLOCK_C, BLOCK_HW)
+                tl.store(mask_ptr + start + offs, bits, mask=inside)
 
 
 # Computes: dweight, dbias, dx and dresidual at once (stream_bwd_reduce, stream_bwd_apply)
@@ -193,14 +206,19 @@ def _meeting(kernel, config: Config, view: View, *args, eps: float, **flags) -> 
     )  # fmt: skip
 
 
+def statistics(view: View) -> tuple[Tensor, Tensor]:
+    """The batch's mean and variance: those of ``forward``, bit for bit."""
+    return forward(view, None, None, None, Norm(), "identity")
+
+
 def forward(
-    view: View, residual: Tensor | None, y: Tensor, mask: Tensor, norm: Norm, act: str
+    view: View, residual: Tensor | None, y: Tensor | None, mask: Tensor | None, norm: Norm, act: str
 ) -> tuple[Tensor, Tensor]:
-    """Write y, and the bit mask if it is not empty; the batch's mean and variance."""
+    """Write y and the bit mask; the batch's mean and variance."""
     mean, var = view.new(view.c), view.new(view.c)
     _meeting(
-        bn_act_fwd_grid_kernel, FORWARD, view, view.x, residual, y,
-        mask if mask.numel() else None, norm.weight, norm.bias, mean, var, eps=norm.eps, ACT=act,
+        bn_act_fwd_grid_kernel, FORWARD, view, view.x, residual, y, mask, norm.weight, norm.bias,
+        mean, var, eps=norm.eps, ACT=act,
     )  # fmt: skip
     return mean, var
 

@@ -24,6 +24,7 @@ def bn_act_calls(dtype: torch.dtype, nhwc: bool) -> None:
     args = mean, var, mask[:0, 0], True, 1e-5, "relu"
     ops.bn_act_backward(x, x, c, c, None, *args, False)
     x = meta((8, 256, 16, 16), dtype, nhwc)  # in one launch each
+    ops.bn_stats(x)
     _, mean, var, mask = ops.bn_act(x, c, c, x, None, None, True, 1e-5, "relu", True)
     ops.bn_act_backward(x, x, c, c, None, mean, var, mask, True, 1e-5, "relu", True)
     if nhwc:

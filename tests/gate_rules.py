@@ -114,6 +114,14 @@ def failures(found: Found) -> Iterator[str]:
         yield f"no tensor-core instruction ({', '.join(MMA[found.job.arch])})"
     if dict(found.job.constants).get("TMA") and not found.has("UTMALDG"):
         yield "no tile is loaded through a tensor descriptor (UTMALDG)"
+    if "arrived_ptr" in dict(found.job.signature) and not meets(found):
+        yield "programs do not count themselves behind a fence, or wait for no others"
+
+
+def meets(found: Found) -> bool:
+    """Whether programs publish their sums, count themselves, and look at the counter again."""
+    waits = any(name.startswith("LDG") and "STRONG.GPU" in name for name in found.counts)
+    return found.has("MEMBAR") and found.has("RED", "ATOM") and (waits or found.has("ATOM"))
 
 
 def guards_copies(found: Found) -> bool:

@@ -87,3 +87,16 @@ def test_the_arguments_of_guards_of_tensor_copies_are_no_spills(arch, counts, re
     job = compile_gate.Job("", "conv_kernel", "bf16", arch, (("num_warps", 8),), (), (), ())
     messages = list(compile_gate.failures(compile_gate.Found(job, stack=8, counts=counts)))
     assert bool(messages) == refused and all("spills: 8 bytes" in m for m in messages)
+
+
+@pytest.mark.parametrize("counts,refused", [
+    ({"MEMBAR.ALL.GPU": 1, "REDG.E.ADD.STRONG.GPU": 1, "LDG.E.STRONG.GPU": 1}, False),
+    ({"MEMBAR.ALL.GPU": 1, "ATOMG.E.ADD.STRONG.GPU": 2}, False),
+    ({"REDG.E.ADD.STRONG.GPU": 1, "LDG.E.STRONG.GPU": 1}, True),
+    ({"MEMBAR.ALL.GPU": 1, "REDG.E.ADD.STRONG.GPU": 1, "LDG.E": 1}, True),
+])  # fmt: skip
+def test_programs_that_meet_count_themselves_and_wait(counts, refused):
+    signature = (("arrived_ptr", "*i32"),)
+    job = compile_gate.Job("", "grid_kernel", "bf16", 90, (("num_warps", 8),), signature, (), ())
+    messages = list(compile_gate.failures(compile_gate.Found(job, counts=counts)))
+    assert bool(messages) == refused and all("wait for no others" in m for m in messages)

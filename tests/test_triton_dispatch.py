@@ -212,12 +212,11 @@ def test_double_backward_is_the_references():
 
 
 # In NCHW PyTorch convolves: one launch for a norm that is applied before the next convolution, in
-# the backward one more that applies it again; two for statistics alone; the addition and both norms
-# before it one, backward three. In NHWC a 1x1 convolution does all that is around it in two, and the
-# statistics of so small a tensor take one.
+# the backward one more that applies it again; one for statistics alone; the addition and both norms
+# before it one, backward three. In NHWC a 1x1 convolution does all that is around it in two.
 LAUNCHES = {
-    ("BasicBlock", "NCHW"): (1 + 2 * 2 + 1, 3 + 1 + 1),
-    ("Bottleneck", "NCHW"): (2 * 1 + 2 * 2 + 1, 3 + 2 * (1 + 1)),
+    ("BasicBlock", "NCHW"): (1 + 2 * 1 + 1, 3 + 1 + 1),
+    ("Bottleneck", "NCHW"): (2 * 1 + 2 * 1 + 1, 3 + 2 * (1 + 1)),
     ("SEBasicBlock", "NCHW"): (2 * 1 + 6, 2 * 1 + 8 + 1),  # bn_se_act: 6 and 8
     ("BasicBlock", "NHWC"): (2 + 1 + 1 + 1, 3 + 1 + 1),
     ("Bottleneck", "NHWC"): (3 * 2 + 1 + 1 + 1, 3 + 2 * (1 + 1)),
