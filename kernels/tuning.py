@@ -1,7 +1,7 @@
 """Which of a kernel's configurations is used: the first, or the one measured to be the fastest.
 
 Nothing is measured unless FUSEDRES_TUNE=1 is set: then a launch of a shape that was never measured
-on this GPU tries each configuration. What it found is kept in a file a GPU and Triton version, in
+on this GPU tries each configuration. What it found is kept in a file a GPU and versions, in
 FUSEDRES_CACHE_DIR (default: fusedres/ in XDG_CACHE_HOME, ~/.cache), and is used from then on
 with or without FUSEDRES_TUNE. A measurement replays the launch on its own inputs, which it only
 reads, and on results that it allocates: nothing of the user's is written to.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import triton
@@ -136,9 +136,10 @@ _lock = threading.Lock()
 
 
 def cache_path(gpu: str) -> Path:
-    """The file of one GPU model and Triton version."""
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return cache_folder() / f"triton-{triton.__version__}-{name}.json"
+    """The file of one GPU model, and of the versions whose kernels were measured."""
+    versions = f"triton {triton.__version__} torch {torch.__version__}"  # cuDNN comes with torch
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{versions} {gpu}".lower()).strip("-")
+    return cache_folder() / f"{name}.json"
 
 
 def cache_of(gpu: str) -> Cache:
@@ -190,7 +191,7 @@ def best(
         times = [_time(key, config, work, timer) for config in configs]
     least = min(times)
     if least == math.inf:
-        raise Unfit(f"{_kernel(key)}: no configuration fits this GPU")
+        return next((c for c in configs if (key, c) not in _unfit), None) or _none_fits(key)
     ms: dict[str, float] = {}
     for config, time in zip(configs, times, strict=True):
         if time < math.inf:
@@ -208,9 +209,15 @@ def rival(config: Config) -> str:
 def _time(key: str, config: Config, work: Callable[[Config], object], timer: Timer) -> float:
     try:
         return timer(lambda: work(config))
+    except torch.OutOfMemoryError:  # of this moment: another way may need less
+        return math.inf
     except (OutOfResources, Unfit) as error:
         _leave_out(key, config, error)
         return math.inf
+
+
+def _none_fits(key: str) -> NoReturn:
+    raise Unfit(f"{_kernel(key)}: no configuration fits this GPU")
 
 
 _unfit: set[tuple] = set()  # (key, configuration)
@@ -232,7 +239,7 @@ def choose(
     """The configuration to use: measured, or the first one that is not known to be unfit."""
     fit = [config for config in configs if (key, config) not in _unfit]
     if not fit:
-        raise Unfit(f"{_kernel(key)}: no configuration fits this GPU")
+        _none_fits(key)
     gpu = gpu_of(device)
     if gpu is None or len(fit) == 1:
         return fit[0]

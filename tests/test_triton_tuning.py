@@ -17,7 +17,7 @@ from fusedres import triton_kernels
 from harness import Unchanged
 from triton_cases import triton_on
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 launch = triton_kernels.package().module("launch")
 tuning = triton_kernels.package().module("tuning")
 
@@ -73,6 +73,7 @@ def test_the_fastest_is_measured_once_and_kept(monkeypatch, cache_folder):
     assert best("another shape", timer) == CONFIGS[0]
     (path,) = cache_folder.iterdir()
     assert path.name.endswith("nvidia-test-1000-80gb.json")
+    assert triton.__version__ in path.name and torch.__version__.replace("+", "-") in path.name
     assert json.loads(path.read_text()) == {"a": {"config": [8192, 128, 8], "ms": {"triton": 1.0}}}
 
 
@@ -80,6 +81,26 @@ def test_a_configuration_that_no_longer_ships_is_measured_again(monkeypatch):
     monkeypatch.setenv("FUSEDRES_TUNE", "1")
     assert best("a", Timer(fastest=2)) == CONFIGS[2]
     assert best("a", Timer(fastest=0), configs=CONFIGS[:2]) == CONFIGS[0]
+
+
+def test_a_configuration_without_memory_is_not_chosen_this_time(monkeypatch):
+    """Memory may be free the next time; without any for all, the default says so itself."""
+    monkeypatch.setenv("FUSEDRES_TUNE", "1")
+    monkeypatch.setattr(tuning, "_unfit", set())
+
+    def work(config):
+        if config in hungry:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def chosen(key: str) -> Config:
+        return tuning.best(key, CONFIGS, work, GPU, Timer(fastest=0))
+
+    hungry = CONFIGS[:1]
+    assert chosen("a") == CONFIGS[1]
+    hungry = CONFIGS
+    assert chosen("b") == CONFIGS[0]
+    hungry = ()
+    assert chosen("b") == CONFIGS[0] and not tuning._unfit
 
 
 @pytest.mark.parametrize("content", [
