@@ -24,7 +24,7 @@ from .tile import aligned, load_channels, locate, mask_tile, pack_bits, spread, 
 
 # 64 values of x a thread; 32 of x and dy, since more of them spill. Not measured.
 FORWARD, BACKWARD = Config(16384, 64, 8), Config(8192, 64, 8)
-BLOCK_PARTS = 16
+BLOCK_PARTS = 8
 
 
 @triton.jit

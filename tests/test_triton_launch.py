@@ -174,6 +174,7 @@ def test_a_dry_run_records_every_configuration_and_starts_nothing():
     configs = triton_kernels.package().module("stream").APPLY_CONFIGS
     assert [one.name for one in recorded] == ["stream_fwd_apply_kernel"] * len(configs)
     assert [one.options["num_warps"] for one in recorded] == [c.warps for c in configs]
+    assert all(one.options["enable_fp_fusion"] for one in recorded)
     assert y.isnan().all() and mean.isnan().all()  # conftest.poisoned_memory
     assert not same_bits(y, x) and not launch.is_dry()
 
