@@ -148,6 +148,11 @@ def unfit() -> type[RuntimeError]:
     return package().module("tuning").Unfit
 
 
+def misfits() -> tuple[type[Exception], ...]:
+    """``unfit``, and what Triton raises for a kernel that has one configuration only."""
+    return unfit(), package().module("tuning").OutOfResources
+
+
 def can_run(op: str, x: Tensor, *, by_name: bool) -> str | None:
     """Why the kernels cannot run ``op`` on ``x``, or None.
 

@@ -211,7 +211,11 @@ def test_a_rival_that_refuses_is_left_out(on_gpu, monkeypatch):
     assert left_out(caught) == 1
 
 
-def test_an_op_that_does_not_fit_runs_on_the_reference(monkeypatch):
+@pytest.mark.parametrize("error,told", [
+    (tuning.Unfit("bn_act: no configuration fits this GPU"), "bn_act: no configuration fits"),
+    (OutOfResources(300_000, 232_448, "shared memory"), "out of resource: shared memory"),
+])  # fmt: skip
+def test_an_op_that_does_not_fit_runs_on_the_reference(error, told, monkeypatch):
     """With one warning, under "auto"; asked for by name, Triton's error stands."""
     op = triton_kernels.package().module("bn_act")
     monkeypatch.setattr(dispatch, "_native_can_run", None)
@@ -219,18 +223,16 @@ def test_an_op_that_does_not_fit_runs_on_the_reference(monkeypatch):
     monkeypatch.setitem(dispatch.BACKENDS, "triton", lambda op, x: None)
 
     def unfit(*args):
-        raise tuning.Unfit("bn_act: no configuration fits this GPU")
+        raise error
 
     monkeypatch.setattr(op, "bn_act", unfit)
     x, events = torch.randn(2, 3, 4, 4), []
     args = x, None, None, None, None, None, True, 1e-5, "relu", False
-    with pytest.warns(RuntimeWarning, match="runs plain PyTorch: triton: bn_act: no") as caught:
+    with pytest.warns(RuntimeWarning, match=f"runs plain PyTorch: triton: {told}") as caught:
         with observers.observe(events.append):
             y, again = (torch.ops.fusedres.bn_act(*args)[0] for _ in "ab")
     assert len(caught) == 1 and torch.equal(y, again)
     assert torch.equal(y, fusedres.reference.bn_act(*args[:9])[0])
-    assert {(e.backend, e.reason) for e in events} == {
-        ("reference", "triton: bn_act: no configuration fits this GPU")
-    }
-    with triton_on("cpu"), pytest.raises(tuning.Unfit, match="no configuration fits"):
+    assert {(e.backend, e.reason) for e in events} == {("reference", f"triton: {error}")}
+    with triton_on("cpu"), pytest.raises(type(error), match=told):
         torch.ops.fusedres.bn_act(*args)

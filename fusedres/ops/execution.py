@@ -125,7 +125,7 @@ def _or_reference(op: Spec, kernel: Callable, choice: dispatch.Choice, args: tup
     """What ``kernel`` returns, or the reference where the GPU cannot run it; and which it was."""
     try:
         return kernel(), choice
-    except triton_kernels.unfit() as error:
+    except triton_kernels.misfits() as error:
         if op.reference is None or dispatch.forced_backend() is not None:
             raise
         dispatch.warn_once(f"fusedres runs plain PyTorch: triton: {error}")
