@@ -7,10 +7,11 @@ import torch
 
 import cuda_host
 import test_squeeze_excite as se
+from accuracy import assert_as_accurate_as_eager
 from cases import SHAPES, layouts, misaligned
 from cuda_host import ORDERS, CudaError
 from cuda_ops import cases_of, cuda_on_host
-from harness import Unchanged, assert_same_bits, check_derivatives, gradients
+from harness import Unchanged, assert_same_bits, check_derivatives, double, gradients
 
 STREAMING = [
     "stream_stats_kernel", "se_image_sums_kernel", *["se_linear_kernel"] * 2,
@@ -53,6 +54,27 @@ def test_one_launch(case, dtype):
     with cuda_on_host(variant="whole", sms=sms, shared_bytes=shared) as launched:
         se.check_against_reference(tensors)
     assert launched == ONE + ONE_BACKWARD and cuda_host.clusters == [blocks, blocks, 1]
+
+
+# Channels and pixels of 16-bit images that so many blocks of 227 KiB hold, and no fewer: ResNet's
+# stages, MobileNet's and EfficientNet's.
+FEWEST = {
+    1: ((2048, 7), (128, 28), (256, 14), (512, 7), (1152, 7)),
+    2: ((1024, 14), (64, 56), (240, 28), (672, 14)),
+    4: ((512, 28), (128, 56)),
+    8: ((256, 56), (64, 112)),
+}
+
+
+@pytest.mark.parametrize("blocks,channels,side", [(b, *s) for b in FEWEST for s in FEWEST[b]])
+def test_the_fewest_blocks_that_hold_an_image(blocks, channels, side):
+    options = dict(residual=False)
+    tensors = se.tensors_of((1, channels, side, side), "NHWC", torch.bfloat16, squeezed=8, **options)
+    with cuda_on_host(variant="whole", sms=1), torch.no_grad():
+        y = se.fused()(**tensors)
+    assert cuda_host.clusters == [blocks]
+    ref, eager = (se.plain()(**t) for t in (double(tensors), tensors))
+    assert_as_accurate_as_eager(y, ref, eager)
 
 
 @pytest.mark.parametrize("post_act,residual,blocks", [

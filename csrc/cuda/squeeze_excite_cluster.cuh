@@ -44,23 +44,21 @@ __device__ __forceinline__ SeLane se_lane_of(const SeClusterParams& m) {
   return lane;
 }
 
-// A block's arrays behind its tile.
+// A block's arrays behind its tile. Two take the place of what nobody reads any more.
 template <typename S>
 struct SeArrays {
   S* partial;  // [ty, C] sums of the threads
+  S* pooled;   // [C] means of the image, where partial was
   S* sums;     // [C] sums of the block, read by the cluster
-  S* pooled;   // [C] means of the image
-  S* hidden;   // [R], written by the cluster, like gates
-  S* gates;    // [C]
+  S* gates;    // [C], written by the cluster like hidden, where the sums were
+  S* hidden;   // [R]
   __device__ __forceinline__ SeArrays(uint4* tile, int64_t words, const SeClusterParams& m) {
-    partial = reinterpret_cast<S*>(tile + words);
-    sums = partial + m.ty * m.c;
-    pooled = sums + m.c;
-    hidden = pooled + m.c;
-    gates = hidden + m.r;
+    partial = pooled = reinterpret_cast<S*>(tile + words);
+    sums = gates = partial + m.ty * m.c;
+    hidden = sums + m.c;
   }
   static int64_t bytes(const SeClusterParams& m) {
-    return static_cast<int64_t>(sizeof(S)) * ((m.ty + 3) * m.c + m.r);
+    return static_cast<int64_t>(sizeof(S)) * ((m.ty + 1) * m.c + m.r);
   }
 };
 
