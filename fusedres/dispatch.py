@@ -137,7 +137,9 @@ def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:
     if forced_backend() is not None or not safe:
         raise error
     reason = native.refuse(op, x.device.index, error)
-    warn_once(f"fusedres no longer runs {op} natively on {x.device}: {reason}")
+    fix = "after memory was freed, a new process" if "out of memory" in reason else "a new process"
+    told = f"fusedres no longer runs {op} natively on {x.device}: {reason}"
+    warn_once(f"{told}. Another backend takes over; {fix} tries again")
     # The reference's backward is autograd's own: it needs the reference's forward, the next time.
     if op.endswith("_backward") and choose(op, x).backend == "reference":
         raise error

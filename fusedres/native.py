@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import elf, toolchain
 
@@ -15,6 +19,10 @@ ISA_NAMES = ("portable", "avx2", "avx512")
 
 # The words of csrc/cuda/host.h for a launch that did not start, and left the device as it was.
 REFUSED = "the launch was refused"
+
+# The words of PyTorch's headers for a function of its own that failed, and those that allocate.
+FAILED = "API call failed at"
+ALLOCATES = re.compile(r"aten::(?:\w*empty|clone|contiguous|to\b)|aoti_torch_\w*empty")
 
 _refusals: dict[tuple[str, int], str] = {}  # by op and device
 _lock = threading.Lock()
@@ -48,6 +56,33 @@ def cpu_isa() -> str | None:
     if load_error() is not None:
         return None
     return ISA_NAMES[torch.ops.fusedres_native.cpu_isa()]
+
+
+@cache
+def _last_words() -> Callable[[], bytes | None]:
+    """Tells why a function of PyTorch's failed in this thread; PyTorch does from 2.13 on."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    library = ctypes.CDLL(str(found[0])) if found else None
+    tell = getattr(library, "torch_exception_get_what_without_backtrace", None)
+    if tell is None:
+        return lambda: None
+    tell.restype = ctypes.c_char_p
+    return tell
+
+
+def explained(op: str, x: Tensor, error: RuntimeError) -> RuntimeError:
+    """``error`` of the library; its reason where PyTorch's headers said no more than "failed".
+
+    They do when memory runs out: on a GPU that is PyTorch's own error for it again.
+    """
+    if FAILED not in str(error):
+        return error
+    on_cpu = x.device.type == "cpu"
+    words = (_last_words()() or b"").decode().split("\n\n")[0]
+    if not words and ALLOCATES.search(str(error)):
+        words = "DefaultCPUAllocator: can't allocate memory" if on_cpu else "CUDA out of memory."
+    kind = torch.OutOfMemoryError if "out of memory" in words and not on_cpu else RuntimeError
+    return kind(f"{op}: {words or error}")
 
 
 # --- CUDA

@@ -200,6 +200,41 @@ def test_an_error_that_nobody_can_take_over(why, machine, monkeypatch):
     assert ((op, 0) in native._refusals) == (why == "no way back")
 
 
+OPAQUE = RuntimeError(f'torch_call_dispatcher("aten::empty_like", ...) {native.FAILED} ops.h:46')
+
+
+@pytest.mark.parametrize("words", [b"CUDA out of memory. Tried to allocate 2.00 GiB.", None])
+def test_no_memory_for_a_result_is_pytorchs_own_error(words, machine, monkeypatch, recwarn):
+    """Nobody takes over: the others need as much."""
+    machine()
+    monkeypatch.setattr(native, "_last_words", lambda: lambda: words)
+
+    def failing(*args):
+        raise OPAQUE
+
+    wanted = "bn_act: " + (words or b"CUDA out of memory.").decode()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        execution.launched(None, failing, None, "bn_act", on(), 1)
+    assert str(caught.value) == wanted and not native._refusals and not recwarn.list
+
+
+def test_any_other_failure_inside_pytorch_is_told(machine, monkeypatch):
+    machine()
+    for words, wanted in ((b"no such device", "bn_act: no such device"), (None, "aten::item")):
+        monkeypatch.setattr(native, "_last_words", lambda words=words: lambda: words)
+        error = RuntimeError(f"aten::item {native.FAILED} ops.h:46")
+        found = native.explained("bn_act", on(), error)
+        assert type(found) is RuntimeError and wanted in str(found)
+
+
+def test_no_memory_for_a_launch_says_when_it_is_tried_again(machine):
+    machine()
+    error = RuntimeError(f"bn_act: {native.REFUSED}: out of memory (cudaErrorMemoryAllocation)")
+    with pytest.warns(RuntimeWarning, match="out of memory.*Another backend takes over; after mem"):
+        dispatch.hand_over("bn_act", on(), error)
+    assert dispatch.choose("bn_act", on()).backend == "triton"
+
+
 def test_forward_and_backward_go_to_the_reference_together(machine):
     machine(triton=None)
     assert not without_grad("bn_act", on())

@@ -68,8 +68,8 @@ FEWEST = {
 
 @pytest.mark.parametrize("blocks,channels,side", [(b, *s) for b in FEWEST for s in FEWEST[b]])
 def test_the_fewest_blocks_that_hold_an_image(blocks, channels, side):
-    options = dict(residual=False)
-    tensors = se.tensors_of((1, channels, side, side), "NHWC", torch.bfloat16, squeezed=8, **options)
+    shape = 1, channels, side, side
+    tensors = se.tensors_of(shape, "NHWC", torch.bfloat16, squeezed=8, residual=False)
     with cuda_on_host(variant="whole", sms=1), torch.no_grad():
         y = se.fused()(**tensors)
     assert cuda_host.clusters == [blocks]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,33 @@ native_ops = torch.ops.fusedres_native
 def test_the_library_is_loaded():
     assert native.load_error() is None
     assert native.cpu_isa() in native.ISA_NAMES
+
+
+# --- memory
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize("told", [True, False], ids=["PyTorch tells", "PyTorch before 2.13"])
+def test_no_memory_is_pytorchs_own_error(told, monkeypatch):
+    """Its headers alone say that a function of theirs has failed."""
+    import resource
+
+    if not told:
+        monkeypatch.setattr(native, "_last_words", lambda: lambda: None)
+    x = torch.empty(1 << 6, 1 << 6, 1 << 7, 1 << 7)  # 256 MB that nothing has touched
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (128 << 20), before[1]))
+    try:
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+            torch.empty_like(x)
+        with pytest.raises(RuntimeError) as caught:
+            fusedres.functional.residual_mix(x, x)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    message = str(caught.value)
+    assert message.startswith("residual_mix: ") and native.FAILED not in message
+    assert "DefaultCPUAllocator: can't allocate memory" in message
 
 
 # --- instruction sets

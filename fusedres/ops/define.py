@@ -135,7 +135,7 @@ def define(
             kernel = composed
         elif choice.backend == "native":
             if not on_cuda:
-                return native(*args)
+                return execution.on_cpu(native, name, x, *args)
             kernel = partial(execution.launched, told, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")

@@ -51,6 +51,14 @@ class Spec:
         return (partial(self.native, *args) if reason is None else None), reason
 
 
+def on_cpu(native: Callable, name: str, x: Tensor, *args):
+    """The library's CPU kernels."""
+    try:
+        return native(*args)
+    except RuntimeError as error:
+        raise library.explained(name, x, error) from None
+
+
 def launched(
     told: observers.Event | None, native: Callable, run: Callable, name: str, x: Tensor, *args
 ):
@@ -59,7 +67,7 @@ def launched(
     try:
         result = native(*args)
     except RuntimeError as error:
-        dispatch.hand_over(name, x, error)
+        dispatch.hand_over(name, x, library.explained(name, x, error))
         return run(*args)
     if told:
         observers.notify(replace(told, launches=library.cuda_launches() - before))
