@@ -244,7 +244,6 @@ class Machine:
     shared_bytes: int = 227 * 1024
     major: int = 9
     blocks_of_sm: int = 8  # as many of 256 threads as registers allow
-    double_ratio: int = 2
 
 
 _machine = Machine()

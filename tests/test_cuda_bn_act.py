@@ -88,11 +88,10 @@ EIGHT_TILES, FOUR_TILES = (2, 64, 23, 22), (2, 64, 14, 14)
 @pytest.mark.parametrize("shape,machine,whole", [
     (EIGHT_TILES, {}, True),
     (EIGHT_TILES, dict(blocks_of_sm=1), False),  # of which there are four
-    (EIGHT_TILES, dict(double_ratio=64), False),
-    (FOUR_TILES, dict(double_ratio=64), True),
+    (FOUR_TILES, dict(blocks_of_sm=1), True),
 ])  # fmt: skip
 def test_the_device_decides(shape, machine, whole):
-    """How many blocks it runs at once, and what double costs it."""
+    """How many blocks it runs at once."""
     tensors = bn.tensors_of(shape, "NHWC", torch.float32)
     with cuda_on_host(**machine) as launched:
         gradients(bn.fused(), tensors, constants=bn.CONSTANTS)
@@ -107,12 +106,14 @@ def test_one_launch_asked_for_where_it_does_not_fit(channels, machine):
         bn.fused()(**tensors)
 
 
-def test_one_launch_where_double_is_slow():
-    """If it is asked for."""
-    tensors = bn.tensors_of(EIGHT_TILES, "NHWC", torch.float32)
-    with cuda_on_host(variant="whole", double_ratio=64) as launched:
+@pytest.mark.parametrize("rows,direction", [(400, "forward"), (432, "no"), (192, "backward")])
+def test_what_registers_and_shared_memory_hold(rows, direction):
+    """An SM's share of a tensor of 25.7 MB on 132 of them is 380 rows of 256 16-bit channels."""
+    tensors = bn.tensors_of((1, 256, rows // 16, 16), "NHWC", torch.bfloat16)
+    with cuda_on_host(sms=1) as launched:
         bn.check_against_reference(tensors, "relu")
-    assert launched == WHOLE + WHOLE_BACKWARD
+    forward = FORWARD if direction == "no" else WHOLE
+    assert launched == forward + (WHOLE_BACKWARD if direction == "backward" else BACKWARD)
 
 
 @cases_of(bn.EVAL_OPTIONS)

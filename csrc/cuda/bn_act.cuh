@@ -91,20 +91,20 @@ inline FinalizeParams finalize_params(const BnActParams& p, const Tiling& t, con
   return f;
 }
 
-// Puts a tiling in `a` in which the tensor is on the chip, if it is to be: where it fits, all its
-// blocks are resident together, and they are not slow at what each does again.
-template <typename T>
-cudaError_t choose_whole(const BnActParams& p, WholeKernel kernel, int held_tensors,
-                         StreamParams* a, bool* whole, int64_t* shared_bytes) {
+// Puts a tiling in `a` in which kTensors are on the chip, if they are to be: where they fit, and
+// all blocks are resident together.
+template <typename T, int kTensors>
+cudaError_t choose_whole(const BnActParams& p, WholeKernel kernel, StreamParams* a, bool* whole,
+                         int64_t* shared_bytes) {
   *whole = false;
   if (p.variant == static_cast<int>(BnVariant::kStreaming)) return cudaSuccess;
   Device device;
   cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
   const bool wanted = p.variant == static_cast<int>(BnVariant::kWhole);
-  const Tiling t = whole_tiling(*a, device, held_tensors, sizeof(T), shared_bytes);
+  const Tiling t = whole_tiling<T, kTensors>(*a, device, shared_bytes);
   int64_t resident = 0;
-  if (t.tiles > 0 && (wanted || !merges_slowly(t, device))) {
+  if (t.tiles > 0) {
     error =
         resident_blocks(reinterpret_cast<const void*>(kernel), *shared_bytes, device, &resident);
   }
@@ -120,6 +120,9 @@ cudaError_t bn_act_forward(const BnActParams& p, cudaStream_t stream) {
   StreamParams a = bn_stream_params<T>(p);
   a.part1 = scratch.part1;
   a.part2 = scratch.part2;
+  a.center = p.mean;
+  a.scale = scratch.scale;
+  a.out = p.y;
   FinalizeParams f = finalize_params(p, a.tiling, scratch);
   f.out1 = p.mean;
   f.out2 = p.var;
@@ -130,19 +133,13 @@ cudaError_t bn_act_forward(const BnActParams& p, cudaStream_t stream) {
     bool whole = false;
     int64_t shared_bytes = 0;
     const WholeKernel kernel = whole_forward<T>(a);
-    if (p.y != nullptr) error = choose_whole<T>(p, kernel, 1, &a, &whole, &shared_bytes);
+    if (p.y != nullptr) error = choose_whole<T, 1>(p, kernel, &a, &whole, &shared_bytes);
     if (error != cudaSuccess) return error;
-    if (whole) {
-      a.out = p.y;
-      return launch_whole(kernel, a, f, shared_bytes, stream);
-    }
+    if (whole) return launch_whole(kernel, a, f, shared_bytes, stream);
     error = stream_stats<T>(a, stream);
     if (error == cudaSuccess) error = launch_finalize(bn_stats_finalize_kernel<S>, f, stream);
   }
   if (error != cudaSuccess || p.y == nullptr) return error;
-  a.center = p.mean;
-  a.scale = scratch.scale;
-  a.out = p.y;
   return forward_apply<T>(a, stream);
 }
 
@@ -158,15 +155,17 @@ cudaError_t bn_act_backward(const BnActParams& p, cudaStream_t stream) {
   FinalizeParams f = finalize_params(p, a.tiling, scratch);
   f.out1 = p.dbias;
   f.out2 = p.dweight;
+  a.q = p.batch_stats ? scratch.q : nullptr;
+  a.r = p.batch_stats ? scratch.r : nullptr;
   a.out = p.dx;
   a.dresidual = p.dresidual;
   bool whole = false;
   int64_t shared_bytes = 0;
   const WholeKernel kernel = whole_backward<T>(a);
-  cudaError_t error = choose_whole<T>(p, kernel, 2, &a, &whole, &shared_bytes);
+  cudaError_t error = choose_whole<T, 2>(p, kernel, &a, &whole, &shared_bytes);
   if (error != cudaSuccess) return error;
   if (whole) {
-    if (!p.batch_stats) f.q = nullptr;
+    a.scale = nullptr;  // it makes that itself
     return launch_whole(kernel, a, f, shared_bytes, stream);
   }
   if (finds_z(a)) error = launch_scale<S>(f, stream);
@@ -174,8 +173,6 @@ cudaError_t bn_act_backward(const BnActParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = launch_finalize(bn_bwd_finalize_kernel<S>, f, stream);
   if (error != cudaSuccess) return error;
   a.p = scratch.scale;
-  a.q = p.batch_stats ? scratch.q : nullptr;
-  a.r = p.batch_stats ? scratch.r : nullptr;
   return backward_apply<T>(a, stream);
 }
 

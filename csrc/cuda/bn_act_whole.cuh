@@ -1,6 +1,7 @@
-// bn_act in one cooperative launch, for a channels_last tensor that fits in the shared memory of
-// all SMs: every block keeps its tile on the chip between the statistics and the apply pass, so
-// that x (and dy) is read once.
+// bn_act in one cooperative launch, for a channels_last tensor that fits in the registers and the
+// shared memory of all SMs: every block keeps its tile on the chip between the statistics and the
+// apply pass, so that x (and dy) is read once. The grid meets twice: behind the parts of the sums,
+// whose channels all warps then share, and behind the coefficients that they find.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -15,77 +16,98 @@ namespace cuda {
 
 constexpr int kBlockChannels = 32 * kPack;  // the most that a block has (stream.cuh: tx <= 32)
 
-// A thread's eight values of an array over the block's channels.
-template <typename S>
-__device__ __forceinline__ Coefficients<S, false> of_lane(const Lane& lane, const S* from) {
-  Coefficients<S, false> k;
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) k.v[i] = from[lane.x * kPack + i];
-  return k;
+// Packs of each of kTensors that a thread keeps in registers, 32 bytes of them: of 64, ptxas spills.
+template <typename T, int kTensors>
+constexpr int kOwnPacks = kTensors * sizeof(T) > 4 ? 1 : 4 / (kTensors * sizeof(T));
+
+// Packs of a thread in shared memory, of one tensor.
+__host__ __device__ __forceinline__ int64_t shared_packs(const Tiling& t, int own) {
+  const int64_t each = t.tile_rows / t.ty;
+  return each > own ? each - own : 0;
 }
 
-// For this thread's channel of the block: calls f(channel in the block, channel).
+// The tiles of a column of blocks share its channels, a warp one: f(channel) in all of its lanes.
 template <typename F>
-__device__ __forceinline__ void for_own_channel(const Tiling& t, const Lane& lane, F f) {
-  const int mine = static_cast<int>(threadIdx.x);
-  const int64_t channel = lane.channel - lane.x * kPack + mine;
-  if (mine < t.tx * kPack && channel < t.c) f(mine, channel);
+__device__ __forceinline__ void for_own_channels(const Tiling& t, const Lane& lane, F f) {
+  constexpr int kWarps = kThreads / 32;
+  const int64_t channel0 = lane.channel - lane.x * kPack;
+  const int64_t end = channel0 + t.tx * kPack < t.c ? channel0 + t.tx * kPack : t.c;
+  const int64_t first = channel0 + lane.part * kWarps + threadIdx.x / 32;
+  for (int64_t c = first; c < end; c += t.tiles * kWarps) f(c);
+}
+
+// Calls add(part) for all parts in the lanes of a warp, and adds up what the lanes then have.
+template <typename Add>
+__device__ __forceinline__ void warp_parts(const FinalizeParams& f, double* a, double* b, Add add) {
+  for (int64_t part = threadIdx.x % 32; part < f.parts; part += 32) add(part);
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    *a += __shfl_xor_sync(~0u, *a, lanes);
+    *b += __shfl_xor_sync(~0u, *b, lanes);
+  }
 }
 
 // Computes: mean, var of the batch, and y = act((x - mean) * rstd * weight + bias + residual)
 // Reads:    x, residual [N*HW, C] once each
 // Writes:   y [N*HW, C], mask one bit an element, mean, var [C]
 // Traffic:  (2 + has_residual)*N*C*HW*sizeof(T) (+ N*C*HW/8) bytes, + parts below 1% of it
-// Split:    one block = a tile of rows and up to 256 channels, in shared memory; after the grid's
-//           barrier every block adds up the parts of its channels, in the same order
+// Split:    one block = a tile of rows and up to 256 channels; of a thread's rows the first are in
+//           registers, the others in shared memory
 template <typename T, bool kAny>
 __global__ void __launch_bounds__(kThreads, 2)
     bn_act_fwd_whole_kernel(const __grid_constant__ StreamParams a,
                             const __grid_constant__ FinalizeParams f) {
   using S = acc_of<T>;
+  constexpr int kOwn = kOwnPacks<T, 1>;
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
-  FUSEDRES_SHARED(S, center, kBlockChannels);
-  FUSEDRES_SHARED(S, scale, kBlockChannels);
-  const Held<T> held{tile};
   const Lane lane = lane_of<false>(a.tiling, blockIdx.x);
-  const int64_t channel0 = lane.channel - lane.x * kPack;
+  const T* const from = static_cast<const T*>(a.x) + lane.at;
+  Kept<T, kOwn> x{{tile}, {}};
+  x.load(from, lane.step, lane.count);
+  const int middle =
+      fetch_in_two(kOwn, lane.count, [&](int k) { x.fetch(k, from + k * lane.step); });
   Moments<S> mine[kPack] = {};
-  nhwc_moments(lane, mine, [&](int k) {
-    return held.keep(k, static_cast<const T*>(a.x) + lane.at + k * lane.step);
-  });
+  Pack<S> first[kOwn];
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) first[k] = x.own[k].unpacked();
+  if (lane.count > 0) add_rows(mine, first, lane.count < kOwn ? lane.count : kOwn);
+  copy_async_wait<1>();
+  nhwc_moments(kOwn, middle, mine, [&](int k) { return x.take(k); });
+  copy_async_wait<0>();
+  nhwc_moments(middle, lane.count, mine, [&](int k) { return x.take(k); });
+  const int64_t channel0 = lane.channel - lane.x * kPack;
   merge_rows(a.tiling, mine, static_cast<S>(lane.count), [&](int channel, const Moments<S>& v) {
     if (channel0 + channel < a.tiling.c) write_part<S>(a, lane.part, channel0 + channel, v);
   });
   cooperative_groups::this_grid().sync();
-  for_own_channel(a.tiling, lane, [&](int in_block, int64_t channel) {
-    const S* sums = static_cast<const S*>(a.part1) + channel;
-    const S* m2s = static_cast<const S*>(a.part2) + channel;
-    const double shift = static_cast<double>(sums[0]) / part_count(f, 0);
-    double off = 0;
-    double square = 0;
-#pragma unroll 8
-    for (int64_t part = 0; part < f.parts; ++part) {
-      const double n = part_count(f, part);
-      const double d = static_cast<double>(sums[part * f.c]) / n - shift;
-      off += n * d;
-      square += static_cast<double>(m2s[part * f.c]) + n * d * d;
-    }
-    const Statistics<S> found = statistics<S>(f, shift, off, square);
-    center[in_block] = found.mean;
-    scale[in_block] = scale_of(f, channel, found.var);
-    if (lane.part != 0) return;
-    static_cast<S*>(f.out1)[channel] = found.mean;
-    static_cast<S*>(f.out2)[channel] = found.var;
+  for_own_channels(a.tiling, lane, [&](int64_t channel) {
+    const double shift = part_mean<S>(f, channel, 0);
+    double off = 0, square = 0;
+    warp_parts(f, &off, &square,
+               [&](int64_t part) { add_moments<S>(f, channel, part, shift, &off, &square); });
+    if (threadIdx.x % 32 == 0) set_statistics<S>(f, channel, shift, off, square);
   });
-  __syncthreads();
-  Affine<S, false> affine;
-  affine.center = of_lane(lane, center);
-  affine.scale = of_lane(lane, scale);
-  affine.bias = coefficients<S, false>(lane, a.bias, 0, S(0));
-  for (int k = 0; k < lane.count; ++k) {
-    const int64_t at = lane.at + k * lane.step;
-    const int64_t byte = lane.byte + k * lane.byte_step;
-    apply_forward<T, false, true, kAny>(a, affine, held.take(k), at, byte, kPack);
+  cooperative_groups::this_grid().sync();
+  const Affine<S, false> affine(a, lane, 0);
+  const auto apply = [&](int k0, auto packs, auto x_of) {
+    constexpr int kCount = decltype(packs)::value;  // whose residuals a thread waits for together
+    Pack<S> residual[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t at = lane.at + (k0 + j) * lane.step;
+      if (k0 + j < lane.count) residual[j] = residual_of<T, true>(a, at, kPack);
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (k0 + j >= lane.count) break;
+      apply_forward<T, false, true, kAny>(a, affine, x_of(j), residual[j],
+                                          lane.at + (k0 + j) * lane.step,
+                                          lane.byte + (k0 + j) * lane.byte_step, kPack);
+    }
+  };
+  apply(0, std::integral_constant<int, kOwn>(), [&](int j) { return x.own[j].unpacked(); });
+  constexpr int kAtOnce = 4;
+  for (int k = kOwn; k < lane.count; k += kAtOnce) {
+    apply(k, std::integral_constant<int, kAtOnce>(), [&](int j) { return x.take(k + j); });
   }
 }
 
@@ -99,82 +121,88 @@ __global__ void __launch_bounds__(kThreads, 2)
     bn_act_bwd_whole_kernel(const __grid_constant__ StreamParams a,
                             const __grid_constant__ FinalizeParams f) {
   using S = acc_of<T>;
+  constexpr int kOwn = kOwnPacks<T, 2>;
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
   FUSEDRES_SHARED(S, scale, kBlockChannels);
-  FUSEDRES_SHARED(S, q, kBlockChannels);
-  FUSEDRES_SHARED(S, r, kBlockChannels);
   const Lane lane = lane_of<false>(a.tiling, blockIdx.x);
-  const int64_t channel0 = lane.channel - lane.x * kPack;
-  const Held<T> x_held{tile};
-  const Held<T> dy_held{tile + a.tiling.tile_rows / a.tiling.ty * Held<T>::kWords * kThreads};
-  for_own_channel(a.tiling, lane, [&](int in_block, int64_t channel) {
-    scale[in_block] = scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
+  const T* const x_from = static_cast<const T*>(a.x) + lane.at;
+  const T* const dy_from = static_cast<const T*>(a.dy) + lane.at;
+  Kept<T, kOwn> x{{tile}, {}};
+  Kept<T, kOwn> dy{{tile + shared_packs(a.tiling, kOwn) * Held<T>::kWords * kThreads}, {}};
+  x.load(x_from, lane.step, lane.count);
+  dy.load(dy_from, lane.step, lane.count);
+  const int middle = fetch_in_two(kOwn, lane.count, [&](int k) {
+    x.fetch(k, x_from + k * lane.step);
+    dy.fetch(k, dy_from + k * lane.step);
   });
-  __syncthreads();
-  Affine<S, false> affine;
-  affine.center = coefficients<S, false>(lane, f.given1, 0, S(0));
-  affine.scale = of_lane(lane, scale);
-  affine.bias = coefficients<S, false>(lane, a.bias, 0, S(0));
-  Sums<S> mine[kPack] = {};
-  for (int k = 0; k < lane.count; ++k) {
-    const int64_t at = lane.at + k * lane.step;
-    const int64_t byte = lane.byte + k * lane.byte_step;
-    const Pack<S> x = x_held.keep(k, static_cast<const T*>(a.x) + at);
-    const Pack<S> dy = dy_held.keep(k, static_cast<const T*>(a.dy) + at);
-    const Pack<S> u = gradient_at_z<T, false, true, kAny>(a, affine, dy, x, at, byte, kPack);
-    add_gradients<S, true>(mine, u, x, affine.center, kPack);
+  const int64_t channel0 = lane.channel - lane.x * kPack;
+  const int64_t channel = channel0 + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < a.tiling.tx * kPack && channel < f.c) {
+    scale[threadIdx.x] = scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
   }
-  merge_rows(a.tiling, mine, S(0), [&](int channel, const Sums<S>& v) {
-    if (channel0 + channel < a.tiling.c) write_part<S>(a, lane.part, channel0 + channel, v);
+  __syncthreads();
+  Affine<S, false> affine(a, lane, 0);
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) affine.scale.v[i] = scale[lane.x * kPack + i];
+  const auto gradient = [&](int k, const Pack<S>& x_k, const Pack<S>& dy_k) {
+    return gradient_at_z<T, false, true, kAny>(a, affine, dy_k, x_k, lane.at + k * lane.step,
+                                               lane.byte + k * lane.byte_step, kPack);
+  };
+  Sums<S> mine[kPack] = {};
+  const auto add = [&](int k, const Pack<S>& x_k, const Pack<S>& dy_k) {
+    add_gradients<S, true>(mine, gradient(k, x_k, dy_k), x_k, affine.center, kPack);
+  };
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (k < lane.count) add(k, x.own[k].unpacked(), dy.own[k].unpacked());
+  }
+  copy_async_wait<1>();
+  for (int k = kOwn; k < middle; ++k) add(k, x.take(k), dy.take(k));
+  copy_async_wait<0>();
+  for (int k = middle; k < lane.count; ++k) add(k, x.take(k), dy.take(k));
+  merge_rows(a.tiling, mine, S(0), [&](int in_block, const Sums<S>& v) {
+    if (channel0 + in_block < a.tiling.c) write_part<S>(a, lane.part, channel0 + in_block, v);
   });
   cooperative_groups::this_grid().sync();
-  for_own_channel(a.tiling, lane, [&](int in_block, int64_t channel) {
-    double dbias = 0;
-    double sum_ux = 0;
-#pragma unroll 8
-    for (int64_t part = 0; part < f.parts; ++part) {
-      dbias += static_cast<double>(static_cast<const S*>(a.part1)[part * f.c + channel]);
-      sum_ux += static_cast<double>(static_cast<const S*>(a.part2)[part * f.c + channel]);
-    }
-    const Gradients<S> found = gradients_of<S>(f, channel, dbias, sum_ux);
-    q[in_block] = found.q;
-    r[in_block] = found.r;
-    if (lane.part != 0) return;
-    static_cast<S*>(f.out1)[channel] = found.dbias;
-    static_cast<S*>(f.out2)[channel] = found.dweight;
+  for_own_channels(a.tiling, lane, [&](int64_t c) {
+    double dbias = 0, sum_ux = 0;
+    warp_parts(f, &dbias, &sum_ux, [&](int64_t part) { add_sums<S>(f, c, part, &dbias, &sum_ux); });
+    if (threadIdx.x % 32 == 0) set_gradients<S>(f, c, dbias, sum_ux);
   });
-  __syncthreads();
-  const BackwardMap<S, false> map{affine.scale, of_lane(lane, q), of_lane(lane, r)};
-  const bool has_q = f.q != nullptr;
-  for (int k = 0; k < lane.count; ++k) {
-    const int64_t at = lane.at + k * lane.step;
-    const int64_t byte = lane.byte + k * lane.byte_step;
-    const Pack<S> x = x_held.take(k);
-    const Pack<S> u =
-        gradient_at_z<T, false, true, kAny>(a, affine, dy_held.take(k), x, at, byte, kPack);
-    apply_backward<T, false, true>(a, affine, map, has_q, has_q, u, x, at, kPack);
+  cooperative_groups::this_grid().sync();
+  const BackwardMap<S, false> map{affine.scale, coefficients<S, false>(lane, a.q, 0, S(0)),
+                                  coefficients<S, false>(lane, a.r, 0, S(0))};
+  const bool has_q = a.q != nullptr;
+  const auto apply = [&](int k, const Pack<S>& x_k, const Pack<S>& dy_k) {
+    apply_backward<T, false, true>(a, affine, map, has_q, has_q, gradient(k, x_k, dy_k), x_k,
+                                   lane.at + k * lane.step, kPack);
+  };
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (k < lane.count) apply(k, x.own[k].unpacked(), dy.own[k].unpacked());
   }
+  for (int k = kOwn; k < lane.count; ++k) apply(k, x.take(k), dy.take(k));
 }
 
 // The tiling in which all of the tensor is on the chip at once, two blocks an SM; `tiles` is 0
 // where there is none.
-inline Tiling whole_tiling(const StreamParams& a, const Device& device, int held_tensors, int size,
-                           int64_t* shared_bytes) {
-  constexpr int64_t kStatic = 24 * 1024;  // what the kernels declare, rounded up
+template <typename T, int kTensors>
+Tiling whole_tiling(const StreamParams& a, const Device& device, int64_t* shared_bytes) {
+  constexpr int64_t kStatic = 18 * 1024;  // what the kernels declare, rounded up
   Tiling t = a.tiling;
   t.tiles = 0;
-  if (t.planar || !is_wide(a) || !device.cooperative || size == 8) return t;
+  if (t.planar || !is_wide(a) || !device.cooperative || sizeof(T) == 8) return t;
   const int64_t row_tiles = 2 * device.sms / t.col_blocks;
   if (row_tiles == 0) return t;
   // No more parts than the streaming passes have: the workspace is made for those.
   const int64_t least = t.tile_rows / t.ty;
   const int64_t wanted = cdiv(t.rows, row_tiles * t.ty);
-  const int64_t each = wanted > least ? wanted : least;
-  *shared_bytes = each * held_tensors * kPack * size * kThreads;
+  t.tile_rows = (wanted > least ? wanted : least) * t.ty;
+  const int64_t held = kTensors * shared_packs(t, kOwnPacks<T, kTensors>);
+  *shared_bytes = held * kPack * static_cast<int64_t>(sizeof(T)) * kThreads;
   // A block's share of an SM, less the 1 KiB that the system takes of every block.
-  if (*shared_bytes + kStatic + 1024 > (device.shared_bytes + 1024) / 2) return t;
-  t.tile_rows = each * t.ty;
-  t.tiles = cdiv(t.rows, t.tile_rows);
+  const bool fits = *shared_bytes + kStatic + 1024 <= (device.shared_bytes + 1024) / 2;
+  if (fits) t.tiles = cdiv(t.rows, t.tile_rows);
   return t;
 }
 
@@ -198,16 +226,6 @@ WholeKernel whole_backward(const StreamParams& a) {
   } else {
     return nullptr;
   }
-}
-
-// Every block adds up all parts of its channels in double. A part is some 20 operations on up to
-// 256 channels, and where double is slow (2 a clock and SM on sm_86, sm_89, sm_120) 1 us: more than
-// the second read that it saves. How many parts are few enough was not measured.
-constexpr int kSlowDouble = 32;
-constexpr int64_t kFewParts = 4;
-
-inline bool merges_slowly(const Tiling& t, const Device& device) {
-  return device.double_ratio >= kSlowDouble && t.tiles > kFewParts;
 }
 
 inline cudaError_t launch_whole(WholeKernel kernel, const StreamParams& a, FinalizeParams f,

@@ -27,19 +27,16 @@ constexpr int kFinalizeChannels = 32;
 constexpr int kFinalizeLanes = kThreads / kFinalizeChannels;
 
 // The sums over parts of two values, in double: every kFinalizeLanes-th part in a thread, then the
-// threads of a channel in order. add(part, at, &a, &b) adds one part. True in the thread that has
-// the result.
+// threads of a channel in order. add(part) adds one part to the thread's. True in the thread that
+// has the result.
 template <typename Add>
 __device__ __forceinline__ bool sum_parts(const FinalizeParams& f, int64_t channel, double* a,
                                           double* b, Add add) {
   FUSEDRES_SHARED(double, first, kThreads);
   FUSEDRES_SHARED(double, second, kThreads);
   const int lane = static_cast<int>(threadIdx.x) / kFinalizeChannels;
-  *a = *b = 0;
   if (channel < f.c) {
-    for (int64_t part = lane; part < f.parts; part += kFinalizeLanes) {
-      add(part, part * f.c + channel, a, b);
-    }
+    for (int64_t part = lane; part < f.parts; part += kFinalizeLanes) add(part);
   }
   first[threadIdx.x] = *a;
   second[threadIdx.x] = *b;
@@ -62,41 +59,62 @@ __device__ __forceinline__ S scale_of(const FinalizeParams& f, int64_t channel, 
   return weight * bn_rstd(var, f.eps);
 }
 
-template <typename S>
-struct Statistics {
-  S mean, var;
-};
-
-// From sums of deviations from a shift: of the values, and of their squares.
-template <typename S>
-__device__ __forceinline__ Statistics<S> statistics(const FinalizeParams& f, double shift,
-                                                    double off, double square) {
-  const double var = (square - off * off / f.count) / f.count;
-  return {static_cast<S>(shift + off / f.count), static_cast<S>(var < 0 ? 0 : var)};  // keeps NaN
-}
-
-template <typename S>
-struct Gradients {
-  S dweight, dbias, q, r;
-};
-
-// From the sums of u and of u * (x - mean); q and r as in bn_math.h.
-template <typename S>
-__device__ __forceinline__ Gradients<S> gradients_of(const FinalizeParams& f, int64_t channel,
-                                                     double dbias, double sum_ux) {
-  const S var = static_cast<const S*>(f.given2)[channel];
-  const S rstd = bn_rstd(var, f.eps);
-  const S scale = scale_of(f, channel, var);
-  const double dweight = sum_ux * static_cast<double>(rstd);
-  return {static_cast<S>(dweight), static_cast<S>(dbias),
-          bn_backward_q(scale, rstd, dweight, f.count), bn_backward_r(scale, dbias, f.count)};
-}
-
 // Values of a part.
 __device__ __forceinline__ double part_count(const FinalizeParams& f, int64_t part) {
   const int64_t begin = (part - quotient(part, f.parts_of_run) * f.parts_of_run) * f.part_length;
   const int64_t left = f.run_length - begin;
   return static_cast<double>(left < f.part_length ? left : f.part_length);
+}
+
+// The mean of a channel's values in a part.
+template <typename S>
+__device__ __forceinline__ double part_mean(const FinalizeParams& f, int64_t channel,
+                                            int64_t part) {
+  const double sum = static_cast<double>(static_cast<const S*>(f.part1)[part * f.c + channel]);
+  return sum / part_count(f, part);
+}
+
+// Adds a part's deviations from a shift: of its values, and of their squares.
+template <typename S>
+__device__ __forceinline__ void add_moments(const FinalizeParams& f, int64_t channel, int64_t part,
+                                            double shift, double* off, double* square) {
+  const double n = part_count(f, part);
+  const double d = part_mean<S>(f, channel, part) - shift;
+  *off += n * d;
+  *square += static_cast<double>(static_cast<const S*>(f.part2)[part * f.c + channel]) + n * d * d;
+}
+
+template <typename S>
+__device__ __forceinline__ void set_statistics(const FinalizeParams& f, int64_t channel,
+                                               double shift, double off, double square) {
+  const double found = (square - off * off / f.count) / f.count;
+  const S var = static_cast<S>(found < 0 ? 0 : found);  // keeps NaN
+  static_cast<S*>(f.out1)[channel] = static_cast<S>(shift + off / f.count);
+  static_cast<S*>(f.out2)[channel] = var;
+  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, var);
+}
+
+// Adds a part's sums of u and of u * (x - mean).
+template <typename S>
+__device__ __forceinline__ void add_sums(const FinalizeParams& f, int64_t channel, int64_t part,
+                                         double* dbias, double* sum_ux) {
+  *dbias += static_cast<double>(static_cast<const S*>(f.part1)[part * f.c + channel]);
+  *sum_ux += static_cast<double>(static_cast<const S*>(f.part2)[part * f.c + channel]);
+}
+
+// q and r as in bn_math.h.
+template <typename S>
+__device__ __forceinline__ void set_gradients(const FinalizeParams& f, int64_t channel,
+                                              double dbias, double sum_ux) {
+  const S var = static_cast<const S*>(f.given2)[channel];
+  const S rstd = bn_rstd(var, f.eps);
+  const S scale = scale_of(f, channel, var);
+  const double dweight = sum_ux * static_cast<double>(rstd);
+  static_cast<S*>(f.out1)[channel] = static_cast<S>(dbias);
+  static_cast<S*>(f.out2)[channel] = static_cast<S>(dweight);
+  static_cast<S*>(f.scale)[channel] = scale;
+  static_cast<S*>(f.q)[channel] = bn_backward_q(scale, rstd, dweight, f.count);
+  static_cast<S*>(f.r)[channel] = bn_backward_r(scale, dbias, f.count);
 }
 
 // Computes: mean and biased variance of each channel from its parts, scale = weight * rstd
@@ -108,22 +126,11 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads)
     bn_stats_finalize_kernel(const __grid_constant__ FinalizeParams f) {
   const int64_t channel = finalize_channel();
-  const S* sums = static_cast<const S*>(f.part1);
-  const S* m2s = static_cast<const S*>(f.part2);
-  const double shift = channel < f.c ? static_cast<double>(sums[channel]) / part_count(f, 0) : 0.0;
+  const double shift = channel < f.c ? part_mean<S>(f, channel, 0) : 0.0;
   double off = 0;
   double square = 0;
-  const auto add = [&](int64_t part, int64_t at, double* a, double* b) {
-    const double n = part_count(f, part);
-    const double d = static_cast<double>(sums[at]) / n - shift;
-    *a += n * d;
-    *b += static_cast<double>(m2s[at]) + n * d * d;
-  };
-  if (!sum_parts(f, channel, &off, &square, add)) return;
-  const Statistics<S> found = statistics<S>(f, shift, off, square);
-  static_cast<S*>(f.out1)[channel] = found.mean;
-  static_cast<S*>(f.out2)[channel] = found.var;
-  static_cast<S*>(f.scale)[channel] = scale_of(f, channel, found.var);
+  const auto add = [&](int64_t part) { add_moments<S>(f, channel, part, shift, &off, &square); };
+  if (sum_parts(f, channel, &off, &square, add)) set_statistics<S>(f, channel, shift, off, square);
 }
 
 // Computes: scale = weight * rstd of given statistics; copies them to out1, out2 if wanted
@@ -155,18 +162,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = finalize_channel();
   double dbias = 0;
   double sum_ux = 0;
-  const auto add = [&](int64_t, int64_t at, double* a, double* b) {
-    *a += static_cast<double>(static_cast<const S*>(f.part1)[at]);
-    *b += static_cast<double>(static_cast<const S*>(f.part2)[at]);
-  };
-  if (!sum_parts(f, channel, &dbias, &sum_ux, add)) return;
-  const Gradients<S> found = gradients_of<S>(f, channel, dbias, sum_ux);
-  static_cast<S*>(f.out1)[channel] = found.dbias;
-  static_cast<S*>(f.out2)[channel] = found.dweight;
-  static_cast<S*>(f.scale)[channel] =
-      scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
-  static_cast<S*>(f.q)[channel] = found.q;
-  static_cast<S*>(f.r)[channel] = found.r;
+  const auto add = [&](int64_t part) { add_sums<S>(f, channel, part, &dbias, &sum_ux); };
+  if (sum_parts(f, channel, &dbias, &sum_ux, add)) set_gradients<S>(f, channel, dbias, sum_ux);
 }
 
 using FinalizeKernel = void (*)(FinalizeParams);

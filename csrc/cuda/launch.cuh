@@ -107,7 +107,6 @@ struct Device {
   int sms = 0;
   int shared_bytes = 0;  // the most that a block can ask for
   int major = 0;         // compute capability; clusters exist from 9 on
-  int double_ratio = 0;  // products of float in the time of one of double: 2, or 64
   bool cooperative = false;
 };
 
@@ -121,7 +120,6 @@ inline cudaError_t read_device(Device* out) {
   read(&out->sms, cudaDevAttrMultiProcessorCount);
   read(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   read(&out->major, cudaDevAttrComputeCapabilityMajor);
-  read(&out->double_ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio);
   read(&cooperative, cudaDevAttrCooperativeLaunch);
   out->cooperative = cooperative != 0;
   return error;

@@ -115,13 +115,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Held<T> held{tile};
   const SeArrays<S> s(tile, m.each * Held<T>::kWords * kThreads, m);
   const SeLane own = se_lane_of(m);
+  const auto element = [&](int k) { return own.at + k * m.ty * m.c; };
+  const int middle = fetch_in_two(
+      0, own.count, [&](int k) { held.fetch(k, static_cast<const T*>(a.x) + element(k)); });
   S mine[kPack] = {};
-#pragma unroll 8
-  for (int k = 0; k < own.count; ++k) {
-    const Pack<S> v = held.keep(k, static_cast<const T*>(a.x) + own.at + k * m.ty * m.c);
+  const auto add = [&](int k) {
+    const Pack<S> v = held.take(k);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) mine[i] += v[i];
-  }
+  };
+  copy_async_wait<1>();
+  for (int k = 0; k < middle; ++k) add(k);
+  copy_async_wait<0>();
+  for (int k = middle; k < own.count; ++k) add(k);
   block_sums(m, mine, s.partial, s.sums);
   cluster_sync();
   for (int64_t c = threadIdx.x; c < m.c; c += kThreads) {
@@ -148,10 +154,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (own.count == 0) return;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) affine.scale.v[i] = s.gates[own.pack * kPack + i];
-  for (int k = 0; k < own.count; ++k) {
-    apply_forward<T, false, true, kAny>(a, affine, held.take(k), own.at + k * m.ty * m.c,
-                                        own.byte + k * m.ty * m.tx, kPack);
-  }
+  in_batches<4>(own.count, [&](int k0, auto packs) {
+    Pack<S> residual[decltype(packs)::value];
+#pragma unroll
+    for (int j = 0; j < decltype(packs)::value; ++j) {
+      residual[j] = residual_of<T, true>(a, element(k0 + j), kPack);
+    }
+#pragma unroll
+    for (int j = 0; j < decltype(packs)::value; ++j) {
+      const int64_t byte = own.byte + (k0 + j) * m.ty * m.tx;
+      apply_forward<T, false, true, kAny>(a, affine, held.take(k0 + j), residual[j],
+                                          element(k0 + j), byte, kPack);
+    }
+  });
 }
 
 // How a cluster holds an image: `cluster` is 0 where none can. The smallest that fits, and more

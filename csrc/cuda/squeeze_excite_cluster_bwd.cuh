@@ -3,8 +3,6 @@
 // once.
 #pragma once
 
-#include <type_traits>
-
 #include "squeeze_excite_cluster.cuh"
 
 namespace fusedres {
@@ -105,14 +103,6 @@ __device__ __forceinline__ Affine<S, false> se_gates(const SeClusterParams& m, c
 #pragma unroll
   for (int i = 0; i < kPack; ++i) affine.scale.v[i] = gate_forward(m.gate, logits[i]);
   return affine;
-}
-
-// f(k, how many) for packs 0 to count, kAtOnce of them together as long as there are so many.
-template <int kAtOnce, typename F>
-__device__ __forceinline__ void in_batches(int count, F f) {
-  int k = 0;
-  for (; k + kAtOnce <= count; k += kAtOnce) f(k, std::integral_constant<int, kAtOnce>());
-  for (; k < count; ++k) f(k, std::integral_constant<int, 1>());
 }
 
 // A thread's packs of dy and, kFindsZ, of x in shared memory.

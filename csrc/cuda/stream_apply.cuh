@@ -11,16 +11,22 @@ __device__ __forceinline__ int64_t block_from_the_end() {
   return static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x;
 }
 
-// One pack of the forward, from x to the stores of y and the mask.
+// Of one pack; zeros where there is none.
+template <typename T, bool kWide>
+__device__ __forceinline__ Pack<acc_of<T>> residual_of(const StreamParams& a, int64_t at, int n) {
+  if (a.residual == nullptr) return {};
+  return load_pack<T, kWide>(static_cast<const T*>(a.residual) + at, a.width, n);
+}
+
+// One pack of the forward, from x and the residual to the stores of y and the mask.
 template <typename T, bool kPlanar, bool kWide, bool kAny, typename S>
 __device__ __forceinline__ void apply_forward(const StreamParams& a,
                                               const Affine<S, kPlanar>& affine, Pack<S> z,
-                                              int64_t at, int64_t byte, int n) {
+                                              const Pack<S>& residual, int64_t at, int64_t byte,
+                                              int n) {
 #pragma unroll
   for (int i = 0; i < kPack; ++i) z[i] = affine(z[i], i);
   if (a.residual != nullptr) {
-    const T* from = static_cast<const T*>(a.residual) + at;
-    const Pack<S> residual = load_pack<T, kWide>(from, a.width, n);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) z[i] += residual[i];
   }
@@ -75,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int n = kWide ? kPack : elements<kPlanar>(lane, k);
     const Pack<S> x = load_pack<T, kWide>(static_cast<const T*>(a.x) + at, a.width, n);
     const int64_t byte = lane.byte + k * lane.byte_step;
-    apply_forward<T, kPlanar, kWide, kAny>(a, affine, x, at, byte, n);
+    const Pack<S> residual = residual_of<T, kWide>(a, at, n);
+    apply_forward<T, kPlanar, kWide, kAny>(a, affine, x, residual, at, byte, n);
   }
 }
 

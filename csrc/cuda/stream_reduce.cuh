@@ -158,18 +158,17 @@ __device__ __forceinline__ void add_rows(Moments<S> (&to)[kPack], const Pack<S> 
 
 constexpr int kRowsAtOnce = 4;
 
-// The moments of what a lane walks over, each channel for itself; load(k) gives its k-th pack.
+// The moments of packs k to end of a lane, each channel for itself; load(k) gives the k-th.
 template <typename S, typename Load>
-__device__ __forceinline__ void nhwc_moments(const Lane& lane, Moments<S> (&mine)[kPack],
-                                             Load load) {
-  for (int k = 0; k < lane.count; k += kRowsAtOnce) {
+__device__ __forceinline__ void nhwc_moments(int k, int end, Moments<S> (&mine)[kPack], Load load) {
+  for (; k < end; k += kRowsAtOnce) {
     Pack<S> rows[kRowsAtOnce];
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
       rows[j] = {};
-      if (k + j < lane.count) rows[j] = load(k + j);
+      if (k + j < end) rows[j] = load(k + j);
     }
-    add_rows(mine, rows, lane.count - k < kRowsAtOnce ? lane.count - k : kRowsAtOnce);
+    add_rows(mine, rows, end - k < kRowsAtOnce ? end - k : kRowsAtOnce);
   }
 }
 
@@ -214,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     Moments<S> mine[kPack] = {};
     const int n = kWide ? kPack : elements<false>(lane, 0);
-    nhwc_moments(lane, mine, [&](int k) {
+    nhwc_moments(0, lane.count, mine, [&](int k) {
       const T* from = static_cast<const T*>(a.x) + lane.at + k * lane.step;
       return load_pack<T, kWide>(from, a.width, n);
     });

@@ -16,9 +16,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMajor:
       *value = sim::state.major;
       return cudaSuccess;
-    case cudaDevAttrSingleToDoublePrecisionPerfRatio:
-      *value = sim::state.double_ratio;
-      return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
       return cudaSuccess;
@@ -78,12 +75,11 @@ void sim_set_order(int order, unsigned long long seed) {
   sim::state.random.seed(seed);
 }
 
-void sim_set_device(int sms, int shared_limit, int major, int blocks_of_sm, int double_ratio) {
+void sim_set_device(int sms, int shared_limit, int major, int blocks_of_sm) {
   sim::state.sms = sms;
   sim::state.shared_limit = shared_limit;
   sim::state.major = major;
   sim::state.blocks_of_sm = blocks_of_sm;
-  sim::state.double_ratio = double_ratio;
 }
 
 const char* sim_error_string(int code) {
