@@ -52,9 +52,11 @@ STREAMING = {
     "stream_fwd_apply_kernel": Streaming(2, 1, wide=2),
     "stream_bwd_reduce_kernel": Streaming(3, 0, numbers=2, wide=2),
     "stream_bwd_apply_kernel": Streaming(3, 2, wide=2),
-    "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=4),  # mean, var, and the parts of both
-    "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=4),  # dweight, dbias, and the parts
-    "se_fwd_cluster_kernel": Streaming(2, 1, numbers=8),  # squeezed; hidden, logits: loops
+    # two parts, and what they give: mean, var, scale; dweight, dbias, scale, q, r
+    "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=5, copies=1),
+    "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=7, copies=2),
+    # squeezed; hidden, logits: loops
+    "se_fwd_cluster_kernel": Streaming(1, 1, numbers=8, copies=1),
     "se_bwd_cluster_kernel": Streaming(1, 2, numbers=10, copies=1),  # dlogits, dhidden: loops; dy
 }
 # The same of the convolutions, whose operands come by asynchronous copies ("LDGSTS").
@@ -62,6 +64,9 @@ WIDE_CONV = {"conv_bn_act_fwd_kernel": 2, "conv_stats_fwd_kernel": 2}
 # Kernels that only one architecture has, their file, and the instructions that they are about.
 HOPPER, HOPPER_FILE, HOPPER_ARCH = "conv_sm90_kernel", "conv_sm90.cu", "90a"
 HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG")
+# What its warpgroups then share: a producer's 40 registers a thread and two consumers' 232. Of
+# fewer, the consumers would wait for registers for ever.
+HOPPER_REGISTERS = (40 + 2 * 232) // 3
 # 16-byte accesses a pack of eight; float64 has the general kernels only
 ACCESSES = {"float": 2, "__half": 1, "__nv_bfloat16": 1}
 
@@ -85,7 +90,7 @@ class Found:
 
     def of(self, kind: str) -> int:
         """Instructions of a kind: "HMMA" counts HMMA.16816.F32 and its like."""
-        return sum(n for name, n in self.counts.items() if name.startswith(kind + "."))
+        return sum(n for name, n in self.counts.items() if f"{name}.".startswith(kind + "."))
 
     def widths(self, kind: str) -> dict[str, int]:
         """Global loads ("LDG", "LDGSTS") or stores ("STG") by width: "U8", "U16", "32", "64", "128"."""
@@ -151,6 +156,9 @@ def failures(found: Found) -> Iterator[str]:
     spills = sum(n for name, n in found.counts.items() if name.startswith(("STL", "LDL")))
     if found.stack or found.local or spills:
         yield f"spills: {found.stack} bytes of stack, {spills} local loads and stores"
+    # not LDG and STG: the compiler did not see that it is global memory
+    if generic := found.of("LD.E.128") + found.of("ST.E.128"):
+        yield f"{generic} accesses of 16 bytes that could be of any memory"
     if found.kernel in WIDE_CONV:
         yield from convolution_failures(found)
     if found.kernel == HOPPER:
@@ -159,6 +167,8 @@ def failures(found: Found) -> Iterator[str]:
                 yield f"no {name}"
         if found.widths("STG").get("128") is None:
             yield "no store of 16 bytes"
+        if found.registers < HOPPER_REGISTERS:
+            yield f"{found.registers} registers a thread to share out, wanted {HOPPER_REGISTERS}"
     rule = STREAMING.get(found.kernel)
     if rule is None or found.arguments[0] not in ACCESSES:
         return

@@ -5,6 +5,8 @@ test_packaging.py lets it read the wheel that is built there; `make gate` compil
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import cuda_gate
@@ -38,6 +40,22 @@ def test_float32_takes_two_accesses_a_pack():
     assert list(failures(found({"128": 6}, {"128": 4}, arguments=arguments))) == []
     messages = list(failures(found({"128": 7}, {"128": 5}, arguments=arguments)))
     assert len(messages) == 2
+
+
+def test_accesses_are_of_global_memory():
+    """nvcc made generic loads of residuals for sm_120, which count as no load of 16 bytes here."""
+    known = found({"128": 3}, {"128": 2})
+    known.counts["LD.E.128"] = 4
+    assert list(failures(known)) == ["4 accesses of 16 bytes that could be of any memory"]
+
+
+def test_hoppers_warpgroups_share_registers_that_are_there():
+    counts = Counter({"HGMMA.64x64x16.F32": 4, "UTMALDG.2D": 1, "USETMAXREG.DEALLOC": 1})
+    counts["STG.E.128"] = 4
+    kernel = Found("conv_sm90_kernel", ("__half", "64"), "90a", 168, 0, 0, 0, counts)
+    assert list(failures(kernel)) == []
+    (message,) = failures(replace(kernel, registers=160))
+    assert message == "160 registers a thread to share out, wanted 168"
 
 
 @pytest.mark.parametrize("copies,messages", [

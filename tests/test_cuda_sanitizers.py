@@ -7,8 +7,9 @@ into: each operand is an allocation of its own, and the results must not depend 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def run_squeeze_excite(shape, layout, dtype):
     gradients(se.fused(), tensors)
 
 
+def run_bn_whole():
+    """Two blocks that meet twice; of their rows some in registers, some in shared memory."""
+    for act in ("relu", "silu"):
+        tensors = bn.tensors_of((1, 256, 6, 6), "NHWC", torch.float32)
+        gradients(bn.fused(act), tensors, constants=bn.CONSTANTS)
+
+
 def run_se_cluster():
     """Two blocks, each with its share of x and dy."""
     tensors = se.tensors_of((1, 264, 4, 4), "NHWC", torch.float32, squeezed=5)
@@ -82,6 +90,8 @@ CONVS = {
     ],
     "tsan": [Conv((1, 16, 5, 4), (8, 16, 3, 3))],
 }
+# Of the kernels for Hopper: several taps, and pixels outside.
+HOPPER = Conv((2, 8, 12, 5), (16, 8, 4, 2), stride=(3, 1), padding=(3, 1), dilation=(1, 3))
 
 
 def run_conv_bn_act(case):
@@ -101,25 +111,32 @@ OPS = {
     "conv_bn_act": run_conv_bn_act,
     "conv_stats": run_conv_stats,
 }
-HAVE_VARIANTS = (run_bn_act, run_squeeze_excite)
+IN_ONE_LAUNCH = {"bn_act": run_bn_whole, "squeeze_excite": run_se_cluster}
 
 
-def recorded(run: Callable, flavour: str) -> list[bytes]:
+@cache
+def recorded(op: str, flavour: str) -> tuple[list[bytes], set[str]]:
+    """The op's calls, and the kernels that they launch."""
+    run, kernels = OPS[op], set()
+
+    def on_host(run, *args, variant="by_size"):
+        with cuda_on_host(variant=variant) as launched:
+            run(*args)
+        kernels.update(launched)
+
     with cuda_host.record() as recording:
-        if run in (run_conv_bn_act, run_conv_stats):
+        if op.startswith("conv_"):
             for case in CONVS[flavour]:
-                with cuda_on_host():
-                    run(case)
-            return recording.calls
-        for variant in ("streaming", "by_size"):
-            with cuda_on_host(variant=variant):
-                for shape, layout, dtype in SHAPES[flavour]:
-                    if variant == "streaming" or (layout == "NHWC" and run in HAVE_VARIANTS):
-                        run(shape, layout, dtype)
-        if run is run_squeeze_excite:
-            with cuda_on_host():
-                run_se_cluster()
-    return recording.calls
+                on_host(run, case)
+            on_host(run, HOPPER, variant="sm90_64")
+            return recording.calls, kernels
+        for shape, layout, dtype in SHAPES[flavour]:
+            on_host(run, shape, layout, dtype, variant="streaming")
+            if layout == "NHWC" and op in IN_ONE_LAUNCH:
+                on_host(run, shape, layout, dtype)
+        if op in IN_ONE_LAUNCH:
+            on_host(IN_ONE_LAUNCH[op])
+    return recording.calls, kernels
 
 
 def replay(op: str, calls: list[bytes], flavour: str, tmp_path: Path) -> None:
@@ -137,4 +154,11 @@ def replay(op: str, calls: list[bytes], flavour: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("op", OPS)
 def test_sanitizers_find_nothing(op, flavour, tmp_path):
-    replay(op, recorded(OPS[op], flavour), flavour, tmp_path)
+    replay(op, recorded(op, flavour)[0], flavour, tmp_path)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+def test_every_kernel_is_among_them(flavour):
+    sources = "".join(p.read_text() for p in (cuda_host.ROOT / "csrc" / "cuda").glob("*.cuh"))
+    kernels = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", sources))
+    assert kernels == {kernel for op in OPS for kernel in recorded(op, flavour)[1]}

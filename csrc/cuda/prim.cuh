@@ -42,6 +42,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 #endif
 
+// What the compiler does not always see: for sm_100 and sm_120 it makes generic loads otherwise.
+template <typename T>
+__device__ __forceinline__ const T* in_global(const T* p) {
+#if !defined(FUSEDRES_CUDA_ON_HOST)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // One access. nvcc takes a 16-byte store apart where it has the value in registers, as soon as a
 // branch comes between. No "memory": no kernel reads again what it stores this way, and its next
 // loads may go ahead.

@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t block_from_the_end() {
 template <typename T, bool kWide>
 __device__ __forceinline__ Pack<acc_of<T>> residual_of(const StreamParams& a, int64_t at, int n) {
   if (a.residual == nullptr) return {};
-  return load_pack<T, kWide>(static_cast<const T*>(a.residual) + at, a.width, n);
+  return load_pack<T, kWide>(in_global(static_cast<const T*>(a.residual)) + at, a.width, n);
 }
 
 // One pack of the forward, from x and the residual to the stores of y and the mask.
