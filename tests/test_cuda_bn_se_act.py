@@ -12,12 +12,19 @@ from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
 
 
+# What batch norm alone has; the rest is of vectors [N, C].
+PASSES = ["stream_stats_kernel", "stream_fwd_apply_kernel"]
+BACKWARD_PASSES = ["stream_bwd_reduce_kernel", "stream_bwd_apply_kernel"]
+
+
 @cases_of(bnse.OPTIONS)
-def test_training(case, dtype):
+def test_training_has_no_pass_more_than_batch_norm(case, dtype):
     options = bnse.OPTIONS[case]
     tensors = bnse.tensors_of(*SHAPES[case], dtype, **options)
-    with cuda_on_host():
+    with cuda_on_host() as launched:
         bnse.check_against_reference(tensors, options)
+    assert [k for k in launched if k.startswith("stream_")] == PASSES + BACKWARD_PASSES
+    assert len(launched) == 8 + 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
