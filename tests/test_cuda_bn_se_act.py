@@ -11,7 +11,6 @@ from cuda_host import ORDERS
 from cuda_ops import cases_of, cuda_on_host
 from harness import Unchanged, assert_same_bits, check_derivatives, gradients
 
-
 # What batch norm alone has; the rest is of vectors [N, C].
 PASSES = ["stream_stats_kernel", "stream_fwd_apply_kernel"]
 BACKWARD_PASSES = ["stream_bwd_reduce_kernel", "stream_bwd_apply_kernel"]

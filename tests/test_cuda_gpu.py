@@ -5,10 +5,12 @@ Where there is no GPU the same kernels run on the simulator: test_cuda_glue.py a
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +26,12 @@ import test_residual_mix as mix
 import test_squeeze_excite as se
 from accuracy import assert_as_accurate_as_eager
 from cases import DTYPES, SHAPES, Conv, values_per_channel
+from cuda_gate import library
+from cuda_host import SIMULATOR
 from cuda_ops import SM90_TILES, TILES
-from fusedres import native, reference
+from fusedres import native, reference, toolchain
 from harness import Tensors, assert_same_bits, double, gradients
+from test_cuda_simulator import RIGHT
 from triton_cases import to
 
 pytestmark = pytest.mark.gpu
@@ -179,6 +184,33 @@ def test_no_memory_is_pytorchs_own_error(name):
     tensors = {n: x if t is not None and t.dim() == 4 else t for n, t in tensors.items()}
     with pytest.raises(torch.OutOfMemoryError, match=f"^{name}: .*out of memory"), torch.no_grad():
         fn(**tensors)
+
+
+# --- the primitives, as the simulator's own kernels use them
+
+
+@pytest.fixture(scope="session")
+def primitives(tmp_path_factory) -> Path:
+    """tests/cuda_on_host/selftest, compiled for the device."""
+    if (nvcc := toolchain.find_nvcc()) is None:
+        pytest.skip("no nvcc")
+    made = tmp_path_factory.mktemp("primitives") / "selftest"
+    sources = [*sorted((SIMULATOR / "selftest").glob("*.cpp")), SIMULATOR / "gpu.cu"]
+    flags = "-std=c++17", "-x", "cu", "-gencode", "arch=compute_90a,code=sm_90a"
+    flags += "-diag-suppress", "20011"  # operator new is not called by kernels
+    folders = [f"-L{folder}" for folder in library._library_folders(nvcc)]
+    subprocess.run([nvcc, *flags, *folders, *map(str, sources), "-o", made], check=True)
+    return made
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_primitive_does_what_the_simulator_makes_of_it(case, request):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only sm_90a has all primitives")
+    program = request.getfixturevalue("primitives")
+    environment = os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}
+    done = subprocess.run([program, case], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stdout + done.stderr
 
 
 # --- compute-sanitizer, on small tensors

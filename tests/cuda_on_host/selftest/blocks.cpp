@@ -173,11 +173,12 @@ __global__ void count_kernel(float* sum, int* count, unsigned* largest) {
 
 template <bool kAtomic>
 cudaError_t count(bool* right) {
-  float sum = 0;
-  int n = 0;
-  unsigned largest = 0;
-  const auto error = launch(count_kernel<kAtomic>, {2, 64}, nullptr, &sum, &n, &largest);
-  *right = kAtomic ? sum == 64.0f && n == 128 && largest == 63 : sum == 2.0f;
+  std::vector<float> sum(1);
+  std::vector<int> n(1);
+  std::vector<unsigned> largest(1);
+  const auto error =
+      launch(count_kernel<kAtomic>, {2, 64}, nullptr, sum.data(), n.data(), largest.data());
+  *right = kAtomic ? sum[0] == 64.0f && n[0] == 128 && largest[0] == 63 : sum[0] == 2.0f;
   return error;
 }
 

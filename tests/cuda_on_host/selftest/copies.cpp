@@ -54,12 +54,10 @@ __global__ void async_ring_kernel(const float* x, float* y, int tiles) {
 template <Bug kBug>
 cudaError_t async_ring(bool* right) {
   constexpr int kTiles = 5;
-  alignas(16) static float x[kTiles * kStage];
-  const std::vector<float> values = integers(kTiles * kStage);
-  std::copy(values.begin(), values.end(), x);
+  const std::vector<float> x = integers(kTiles * kStage);  // at a multiple of 16 bytes
   std::vector<float> y(kThreads);
-  const auto error = launch(async_ring_kernel<kBug>, {1, kThreads}, nullptr,
-                            static_cast<const float*>(x), y.data(), kTiles);
+  const auto error =
+      launch(async_ring_kernel<kBug>, {1, kThreads}, nullptr, x.data(), y.data(), kTiles);
   *right = true;
   for (int i = 0; i < kThreads; ++i) {
     const int from = (kThreads - 1 - i) * 4;

@@ -35,8 +35,8 @@ T small(int i) {
     return __float2bfloat16_rn(v);
   }
 }
-float number(__half v) { return __half2float(v); }
-float number(__nv_bfloat16 v) { return __bfloat162float(v); }
+__host__ __device__ float number(__half v) { return __half2float(v); }
+__host__ __device__ float number(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 constexpr int kRows = 64;
 constexpr int kStages = 2;
@@ -61,10 +61,10 @@ __device__ void produce(const CUtensorMap& a, const CUtensorMap& b, int steps, B
 }
 
 // c [64, kColumns] = a [64, depth] * b [kColumns, depth] transposed; one warpgroup copies.
-template <typename T, int kColumns>
-__global__ void product_kernel(const __grid_constant__ CUtensorMap a,
-                               const __grid_constant__ CUtensorMap b, int steps, Bug bug,
-                               float* c) {
+template <typename T, int kColumns, Bug bug>
+__global__ void __launch_bounds__(256, 1)
+    product_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+                   int steps, float* c) {
   FUSEDRES_DYNAMIC_SHARED(Stages<kColumns>, shared);
   Stages<kColumns>* const s = bug == Bug::kNotAtSwizzle ? shared : at_swizzle(shared);
   if (threadIdx.x == 0) {
@@ -111,27 +111,24 @@ __global__ void product_kernel(const __grid_constant__ CUtensorMap a,
 }
 
 // Depth 168 is no multiple of 64, and 50 columns of b are zeros.
-template <typename T, int kColumns>
-cudaError_t product(bool* right, Bug bug) {
+template <typename T, int kColumns, Bug bug>
+cudaError_t product(bool* right) {
   constexpr int kDepth = 168;
   constexpr int kThere = kColumns - 50;
-  const size_t size = kRows * kDepth;
-  void* memory = nullptr;  // ends where a ends
-  if (posix_memalign(&memory, 256, size * sizeof(T)) != 0) return cudaErrorUnknown;
-  T* const a = static_cast<T*>(memory);
-  alignas(256) static T b[kThere * kDepth];
-  for (size_t i = 0; i < size; ++i) a[i] = small<T>(static_cast<int>(i));
+  std::vector<T> a(kRows * kDepth), b(kThere * kDepth);  // at multiples of 16 bytes
+  for (int i = 0; i < kRows * kDepth; ++i) a[i] = small<T>(i);
   for (int i = 0; i < kThere * kDepth; ++i) b[i] = small<T>(i + 3);
   std::vector<float> c(kRows * kColumns);
   CUtensorMap map_a, map_b;
   const int beyond = bug == Bug::kBeyondTensor;
   cudaError_t error =
-      tiled_map(&map_a, fusedres::kBFloat16, a, 2, {kDepth + 8 * beyond, kRows, 0}, kRows);
+      tiled_map(&map_a, fusedres::kBFloat16, a.data(), 2, {kDepth + 8 * beyond, kRows, 0}, kRows);
   if (error != cudaSuccess) return error;
-  error = tiled_map(&map_b, fusedres::kBFloat16, b, 3, {kDepth, 1, kThere}, kColumns);
+  error = tiled_map(&map_b, fusedres::kBFloat16, b.data(), 3, {kDepth, 1, kThere}, kColumns);
   if (error != cudaSuccess) return error;
-  error = launch(product_kernel<T, kColumns>, {1, 256, sizeof(Stages<kColumns>) + kSwizzleSlack},
-                 nullptr, map_a, map_b, (kDepth + 63) / 64, bug, c.data());
+  error =
+      launch(product_kernel<T, kColumns, bug>, {1, 256, sizeof(Stages<kColumns>) + kSwizzleSlack},
+             nullptr, map_a, map_b, (kDepth + 63) / 64, c.data());
   *right = true;
   for (int i = 0; i < kRows * kColumns; ++i) {
     float sum = 0;
@@ -140,7 +137,6 @@ cudaError_t product(bool* right, Bug bug) {
     }
     *right = *right && c[i] == sum;
   }
-  std::free(memory);
   return error;
 }
 
@@ -169,11 +165,12 @@ __global__ void im2col_kernel(const __grid_constant__ CUtensorMap map, int c, Pi
 // Every tap of a window over two images, from two pixels.
 cudaError_t im2col(bool* right, const Window& window, bool waits = true) {
   constexpr int kN = 2, kH = 5, kW = 7, kC = 72;
-  alignas(256) static __nv_bfloat16 x[kN * kH * kW * kC];
+  std::vector<__nv_bfloat16> x(kN * kH * kW * kC);
   for (int i = 0; i < kN * kH * kW * kC; ++i) x[i] = small<__nv_bfloat16>(i);
   CUtensorMap map;
   *right = why_no_im2col(window) == nullptr;
-  cudaError_t error = im2col_map(&map, fusedres::kBFloat16, x, kN, kH, kW, kC, window, kPixels);
+  cudaError_t error =
+      im2col_map(&map, fusedres::kBFloat16, x.data(), kN, kH, kW, kC, window, kPixels);
   const auto out = [&](int i, int size) {
     return (size + 2 * window.pad[i] - window.dilation[i] * (window.taps[i] - 1) - 1) /
                window.stride[i] +
@@ -217,11 +214,6 @@ cudaError_t misaligned_map(bool* right) {
   CUtensorMap map;
   *right = false;
   return tiled_map(&map, fusedres::kBFloat16, x + 1, 2, {8, 8, 0}, 8);
-}
-
-template <typename T, int kColumns, Bug kBug>
-cudaError_t product(bool* right) {
-  return product<T, kColumns>(right, kBug);
 }
 
 template <Bug kBug>
