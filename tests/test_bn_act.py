@@ -22,7 +22,7 @@ from cases import (
     values_per_channel,
 )  # fmt: skip
 from fusedres import observers, reference
-from fusedres.ops.bn_act import backward_bytes_moved, bytes_moved
+from fusedres.ops.bn_act import backward_bytes_moved, backward_op, bytes_moved, op
 from harness import (
     Unchanged,
     assert_same_at_any_thread_count,
@@ -279,5 +279,7 @@ def test_bytes_moved():
     with observers.observe(events.append):
         _, mean, var, mask = torch.ops.fusedres.bn_act(*args)
     assert [(e.op, e.bytes_moved, e.eager_bytes) for e in events] == [("bn_act", 4128, 8 * 1024)]
+    assert op.traffic.moved(1, *args) == 3 * 1024 + 32  # in one CUDA launch x is read once
     args = x, x, None, None, None, mean, var, mask, True, 1e-5, "relu", True
     assert backward_bytes_moved(*args) == 6 * 1024 + 2 * 32  # RR (sums) + RRWW, the mask twice
+    assert backward_op.traffic.moved(1, *args) == 4 * 1024 + 2 * 32

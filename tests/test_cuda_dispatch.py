@@ -137,13 +137,17 @@ def test_asked_for_by_name_it_is_an_error(machine):
 
 def test_an_op_tells_how_many_kernels_it_launched(machine, monkeypatch):
     machine()
-    launches = iter((40, 43))
     monkeypatch.setattr(native, "cuda_launches", lambda: next(launches))
     heard = []
     event = observers.Event("bn_act", "native", bytes_moved=7)
-    with observers.observe(heard.append):
-        assert execution.launched(event, lambda x: [x], None, "bn_act", on(), 5) == [5]
-    assert heard == [observers.Event("bn_act", "native", launches=3, bytes_moved=7)]
+    # What they move if they are so many: less where they keep a tile on the chip.
+    for held, moved in ((1, 7), (3, 5)):
+        traffic = execution.Traffic(lambda x: x + 2, None, None, held=(held, lambda x: 2))
+        launches = iter((40, 43))
+        with observers.observe(heard.append):
+            args = event, traffic, lambda x: [x], None, "bn_act", on(), 5
+            assert execution.launched(*args) == [5]
+        assert heard.pop() == observers.Event("bn_act", "native", launches=3, bytes_moved=moved)
 
 
 def test_of_a_refused_launch_only_the_next_backend_tells(machine, monkeypatch):
@@ -152,7 +156,9 @@ def test_of_a_refused_launch_only_the_next_backend_tells(machine, monkeypatch):
     heard = []
     with observers.observe(heard.append), pytest.warns(RuntimeWarning, match="no longer runs"):
         event = observers.Event("bn_act", "native")
-        assert execution.launched(event, refusing, lambda *args: args, "bn_act", on(), 5) == (5,)
+        assert execution.launched(event, None, refusing, lambda *args: args, "bn_act", on(), 5) == (
+            5,
+        )
     assert heard == []
 
 
@@ -171,7 +177,7 @@ def test_the_next_backend_takes_over_from_a_refused_launch(machine):
     ran = []
     with pytest.warns(RuntimeWarning, match="no longer runs bn_act natively on cuda:0: .*too many"):
         result = execution.launched(
-            None, refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
+            None, None, refusing, lambda *args: ran.append(args) or "result", "bn_act", x, x, 1
         )
     assert result == "result" and ran == [(x, 1)]
     choice = dispatch.choose("bn_act", x)
@@ -214,7 +220,7 @@ def test_no_memory_for_a_result_is_pytorchs_own_error(words, machine, monkeypatc
 
     wanted = "bn_act: " + (words or b"CUDA out of memory.").decode()
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        execution.launched(None, failing, None, "bn_act", on(), 1)
+        execution.launched(None, None, failing, None, "bn_act", on(), 1)
     assert str(caught.value) == wanted and not native._refusals and not recwarn.list
 
 

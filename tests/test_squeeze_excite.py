@@ -19,7 +19,7 @@ from cases import (
     sliced,
 )  # fmt: skip
 from fusedres import observers, reference
-from fusedres.ops.squeeze_excite import backward_bytes_moved, bytes_moved
+from fusedres.ops.squeeze_excite import backward_bytes_moved, backward_op, bytes_moved, op
 from harness import (
     Unchanged,
     assert_same_at_any_thread_count,
@@ -240,6 +240,14 @@ def test_bytes_moved():
         _, *saved = torch.ops.fusedres.squeeze_excite(*args)
     assert [(e.op, e.bytes_moved) for e in events] == [("squeeze_excite", 4 * 1024 + mlp + 32)]
     assert events[0].eager_bytes == 8 * 1024 + mlp
+    assert op.traffic.moved(1, *args) == 3 * 1024 + mlp + 32  # in one CUDA launch x is read once
     args = x, x, w1, w2, None, *saved, "relu", "sigmoid", "relu", True
     # RR (sums) + R + WW, the mask twice
     assert backward_bytes_moved(*args) == 5 * 1024 + 2 * mlp + 2 * 32
+    assert backward_op.traffic.moved(2, *args) == 4 * 1024 + 2 * mlp + 2 * 32
+    args = x, x, w1, w2, None, *saved[:3], x.new_empty(0), "relu", "sigmoid", "silu", False
+    # RR (sums) + RR + W; a cluster holds dy and x
+    assert [backward_op.traffic.moved(n, *args) for n in (7, 2)] == [
+        5 * 1024 + 2 * mlp,
+        3 * 1024 + 2 * mlp,
+    ]

@@ -158,7 +158,12 @@ op = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
-    traffic=Traffic(bytes_moved, eager_bytes, flops=lambda x, *_: 8 * x.numel()),
+    traffic=Traffic(
+        bytes_moved,
+        eager_bytes,
+        flops=lambda x, *_: 8 * x.numel(),
+        held=(1, lambda x, *_: numel_bytes(x)),  # which is read once
+    ),
 )
 stats_op = define(
     STATS_SCHEMA,
@@ -170,6 +175,9 @@ backward_op = define(
     BACKWARD_SCHEMA,
     fake=_fake_backward,
     traffic=Traffic(
-        backward_bytes_moved, backward_eager_bytes, flops=lambda dy, *_: 12 * dy.numel()
+        backward_bytes_moved,
+        backward_eager_bytes,
+        flops=lambda dy, *_: 12 * dy.numel(),
+        held=(1, lambda dy, *_: 2 * numel_bytes(dy)),  # and x
     ),
 )

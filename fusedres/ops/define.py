@@ -136,7 +136,7 @@ def define(
         elif choice.backend == "native":
             if not on_cuda:
                 return execution.on_cpu(native, name, x, *args)
-            kernel = partial(execution.launched, told, native, run, name, x)
+            kernel = partial(execution.launched, told, traffic, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")
         else:

@@ -23,6 +23,15 @@ class Traffic:
     eager_bytes: Callable[..., int]
     flops: Callable[..., int]
     launches: int = 1
+    # Of the CUDA kernels that keep tiles on the chip: how many they are, and the bytes that saves.
+    held: tuple[int, Callable[..., int]] | None = None
+
+    def moved(self, launches: int, *args) -> int:
+        """The bytes that so many CUDA kernels move."""
+        saved = 0
+        if self.held is not None and launches == self.held[0]:
+            saved = self.held[1](*args)
+        return self.bytes_moved(*args) - saved
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,13 @@ def on_cpu(native: Callable, name: str, x: Tensor, *args):
 
 
 def launched(
-    told: observers.Event | None, native: Callable, run: Callable, name: str, x: Tensor, *args
+    told: observers.Event | None,
+    traffic: Traffic | None,
+    native: Callable,
+    run: Callable,
+    name: str,
+    x: Tensor,
+    *args,
 ):
     """The library's CUDA kernels; where a launch is refused, ``run`` on the next backend."""
     before = library.cuda_launches() if told else 0
@@ -70,7 +85,8 @@ def launched(
         dispatch.hand_over(name, x, library.explained(name, x, error))
         return run(*args)
     if told:
-        observers.notify(replace(told, launches=library.cuda_launches() - before))
+        count = library.cuda_launches() - before
+        observers.notify(replace(told, launches=count, bytes_moved=traffic.moved(count, *args)))
     return result
 
 
@@ -101,7 +117,9 @@ def natively(op: Spec, run: Callable, *args):
         traffic = op.traffic if found.run is None else op.fused_traffic
         told = event(op.name, traffic, dispatch.Choice(found.by, found.why), args)
     if found.run is not None:
-        return launched(told, lambda *_: found.run(), run, op.name, args[0], *args)
+        return launched(
+            told, op.fused_traffic, lambda *_: found.run(), run, op.name, args[0], *args
+        )
     if told:
         observers.notify(told)
     return op.composed(*args)

@@ -150,6 +150,14 @@ def backward_eager_bytes(
     return (10 + 3 * (post_act != "identity")) * numel_bytes(x) + 2 * mlp_bytes(x, w1)
 
 
+def backward_bytes_held(
+    dy, x, w1, w2, residual, squeezed, hidden, logits, mask, act, gate, post_act, need_dresidual
+) -> int:
+    """Of a cluster that holds dy, and x where z is recomputed: they are read once."""
+    recomputed = not mask.numel() and post_act != "identity"
+    return (1 + recomputed) * numel_bytes(x)
+
+
 op = define(
     SCHEMA,
     reference=_reference,
@@ -157,7 +165,10 @@ op = define(
     backward=_backward,
     setup_context=_setup_context,
     traffic=Traffic(
-        bytes_moved, eager_bytes, flops=lambda x, w1, *_: 4 * x.numel() + mlp_flops(x, w1)
+        bytes_moved,
+        eager_bytes,
+        flops=lambda x, w1, *_: 4 * x.numel() + mlp_flops(x, w1),
+        held=(1, lambda x, *_: numel_bytes(x)),  # which is read once
     ),
 )
 backward_op = define(
@@ -167,5 +178,6 @@ backward_op = define(
         backward_bytes_moved,
         backward_eager_bytes,
         flops=lambda dy, x, w1, *_: 6 * x.numel() + 2 * mlp_flops(x, w1),
+        held=(2, backward_bytes_held),
     ),
 )
