@@ -16,7 +16,7 @@ namespace cuda {
 
 constexpr int kBlockChannels = 32 * kPack;  // the most that a block has (stream.cuh: tx <= 32)
 
-// Packs of each of kTensors that a thread keeps in registers, 32 bytes of them: of 64, ptxas spills.
+// Packs of each of kTensors that a thread keeps in registers: 32 bytes, of 64 ptxas spills.
 template <typename T, int kTensors>
 constexpr int kOwnPacks = kTensors * sizeof(T) > 4 ? 1 : 4 / (kTensors * sizeof(T));
 
