@@ -199,12 +199,15 @@ def models(
 
 
 def systems(works: Iterable[model_cases.Work]) -> list[Spec]:
-    """Training steps of other residual systems' modules, in float32 on the CPU."""
+    """Training steps of other residual systems' modules."""
     found = []
-    for work in works:
-        make = partial(_model_case, work, "training", FP32, torch.device("cpu"), False)
-        label = f"{work.name}-training-{'x'.join(map(str, work.x))}-{SHORT[FP32]}"
-        found.append(Spec(label, make))
+    for device in devices():
+        for work in works:
+            for dtype in _dtypes(device):
+                label = f"{work.name}-training-{'x'.join(map(str, work.x))}-{SHORT[dtype]}"
+                slow = _crawls(dtype, device)
+                make = partial(_model_case, work, "training", dtype, device, slow)
+                found.append(Spec(label + _suffix(device), make))
     return found
 
 

@@ -55,7 +55,7 @@ class ResidualMLP(nn.Module):
             shortcut = x if before is None else x + before
             before = x if self.cross_coupled else None
             dtype = torch.promote_types(branch.dtype, shortcut.dtype)
-            x = F.residual_mix(branch.to(dtype), shortcut.to(dtype), act=self.act)
+            x = F.residual_add(branch.to(dtype), shortcut.to(dtype), act=self.act)
         return x.view(shape)
 
     def extra_repr(self) -> str:

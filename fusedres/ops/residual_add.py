@@ -109,8 +109,12 @@ def _backward(ctx, dy, *_):
         grads = _differentiable_backward(ctx, dy, tensors, mask, needed)
     else:
         sums = ctx.need_sums, ctx.need_shortcut_sums
-        found = backward_op(dy, *tensors, mask, *ctx.rest, *sums, ctx.has_shortcut)
+        # Operands that are added as they are have one gradient.
+        one = all(t is None for t in (*tensors[1:5], *tensors[6:]))
+        found = backward_op(dy, *tensors, mask, *ctx.rest, *sums, ctx.has_shortcut and not one)
         grads = cast(found, tensors, needed)
+        if one and needed[3]:
+            grads[3] = found[0]
     for i, grad in zip(_GRADED, grads, strict=True):
         none[i] = grad
     return tuple(none)
