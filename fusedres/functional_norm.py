@@ -76,7 +76,7 @@ def add_rms_norm(
     """``s = residual + drop_path(dropout(input)); (rms_norm(s), s)``.
 
     Arguments, results and errors as for ``add_layer_norm``; ``eps`` None is the machine epsilon
-    that F.rms_norm takes.
+    that F.rms_norm takes: float32's, in float64 its own.
 
     Source: Zhang and Sennrich 2019, equation 4; ``reference.norm``.
     """
@@ -106,7 +106,7 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, drops):
     shape = _check(x, residual, normalized_shape, weight, bias, eps, drops)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     if eps is None:
-        eps = torch.finfo(dtype).eps
+        eps = torch.finfo(acc_dtype(dtype)).eps  # float32's for 16 bits, as F.rms_norm's
     cols = math.prod(shape)
     keep, row_scale, scale = _draw(x, shape, drops)
     branch, shortcut = (t.to(dtype).reshape(-1, cols) for t in (x, residual))
@@ -124,6 +124,8 @@ def _check(x, residual, normalized_shape, weight, bias, eps, drops) -> tuple[int
     if residual.shape != x.shape:
         wanted = f"{tuple(x.shape)} (the input's)"
         raise ValueError(f"residual: wanted shape {wanted}, got {tuple(residual.shape)}")
+    if isinstance(normalized_shape, Tensor):
+        raise TypeError("normalized_shape: wanted a whole number or several, got a tensor")
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         wanted = ", ".join(["...", *map(str, shape)])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
 
 import fusedres
+from accuracy import assert_as_accurate_as_eager
 from cases import backends, channels, executions, misaligned, parameter_dtype, randn, sliced
 from fusedres import observers, reference
 from fusedres.ops.add_norm import backward_bytes_moved, bytes_moved
@@ -117,13 +118,14 @@ def test_other_norms(case, norm, backend, dtype):
         check(run, plain(norm, **drops), tensors, sums=dict(weight=rows))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_default_eps_of_rms_norm_is_pytorchs(dtype):
-    x = randn((3, 20), dtype) * 1e-3
-    y, total = fusedres.functional.add_rms_norm(x, torch.zeros_like(x), 20)
-    eager, truth = F.rms_norm(x, (20,)), F.rms_norm(x.double(), (20,), eps=torch.finfo(dtype).eps)
-    assert torch.equal(total, x)
-    assert (y - truth).abs().max() <= 2 * (eager - truth).abs().max() + 4 * torch.finfo(dtype).eps
+    """On values so small that it is what the result is made of."""
+    x = randn((6, 20), dtype) * 2.0**-10
+    found, _ = fusedres.functional.add_rms_norm(x, torch.zeros_like(x), 20)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    eager, ref = F.rms_norm(x, (20,)), F.rms_norm(x.double(), (20,), eps=eps)
+    assert_as_accurate_as_eager(found, ref, eager)
 
 
 @backends
@@ -205,6 +207,7 @@ X = torch.zeros(2, 3, 8)
     (dict(residual=X[:1]), ValueError, r"residual: wanted shape \(2, 3, 8\).*got \(1, 3, 8\)"),
     (dict(normalized_shape=7), ValueError, r"input: wanted shape \[..., 7\], got \(2, 3, 8\)"),
     (dict(normalized_shape=()), ValueError, "input: wanted shape"),
+    (dict(normalized_shape=torch.ones(8)), TypeError, "normalized_shape: wanted a whole number or several, got a tensor"),
     (dict(weight=torch.ones(3)), ValueError, r"weight: wanted shape \(8,\), got \(3,\)"),
     (dict(bias=torch.ones(8, device="meta")), RuntimeError, "bias: expected all tensors to be on the same device"),
     (dict(eps=-1.0), ValueError, "eps: wanted a number >= 0, got -1.0"),
