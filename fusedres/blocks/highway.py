@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from .. import functional as F
-from ..ops import conv_stats
+from .products import linear, same_conv2d
 from .recognise import symbolic
-from .training import NO_PROLOGUE
-from .unit import autocasts
 
 
 class _Gated(nn.Module):
@@ -84,7 +82,7 @@ class Highway(_Gated):
         if x.dim() < 1 or x.shape[-1] != self.channels:
             raise ValueError(f"x: wanted shape [..., {self.channels}], got {tuple(x.shape)}")
         rows = x.reshape(-1, self.channels)
-        parts = nn.functional.linear(rows, self.weight, self.bias)
+        parts = linear(rows, self.weight, self.bias)
         return F.highway(parts, rows.to(parts.dtype), act=self.act, coupled=self.coupled).view(
             x.shape
         )
@@ -143,14 +141,3 @@ def plain(layer: Highway | HighwayConv2d, x: Tensor) -> Tensor:
     h, t = parts[0], torch.sigmoid(parts[1])
     carry = 1 - t if layer.coupled else torch.sigmoid(parts[2])
     return reference.ACTIVATIONS[layer.act](h) * t + x.to(h.dtype) * carry
-
-
-def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of x's size, by float32 where the CPU has none in x's dtype."""
-    dtype = x.dtype
-    if autocasts(x, weight):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    padding = [weight.shape[2] // 2] * 2
-    return conv_stats.op(x, *NO_PROLOGUE, weight, bias, [1, 1], padding, [1, 1], 1, False)[0]

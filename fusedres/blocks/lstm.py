@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch
 from .. import functional as F
+from ..ops.convolution import upcasts
 from ..ops.define import transformed
+from .products import linear
 from .recognise import symbolic
 
 
@@ -86,8 +88,10 @@ class ResidualLSTMCell(nn.Module):
     def _rows(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.weight_hh
         bias = None if self.bias_ih is None else self.bias_ih + self.bias_hh
-        gates = nn.functional.linear(x, self.weight_ih, bias)
-        if _adds_in_place(gates, h, weight):
+        gates = linear(x, self.weight_ih, bias)
+        if upcasts(gates):
+            gates = gates + linear(h, weight, None)
+        elif _adds_in_place(gates, h, weight):
             gates = gates.addmm_(h, weight.t())
         else:
             gates = torch.addmm(gates, h, weight.t())
@@ -103,10 +107,10 @@ def plain(
     cell: ResidualLSTMCell, x: Tensor, hx: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The cell in PyTorch's own functions, for traces and ``unfuse``."""
-    size, linear = cell.hidden_size, nn.functional.linear
-    gates = linear(x, cell.weight_ih, cell.bias_ih)
+    size, product = cell.hidden_size, nn.functional.linear
+    gates = product(x, cell.weight_ih, cell.bias_ih)
     h, c = (torch.zeros_like(gates[..., :size], dtype=x.dtype),) * 2 if hx is None else hx
-    gates = (gates + linear(h, cell.weight_hh, cell.bias_hh)).to(c.dtype)
+    gates = (gates + product(h, cell.weight_hh, cell.bias_hh)).to(c.dtype)
     parts = [gates[..., k * size : (k + 1) * size] for k in range(4 if cell.forget_gate else 3)]
     i, g, o = parts[0], *parts[-2:]
     kept = torch.sigmoid(parts[1]) * c if cell.forget_gate else c

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import checks, reference
 from .. import functional as F
 from ..ops.dense_mlp import dense_mlp
+from .products import linear
 from .recognise import hooked, symbolic
 from .unit import autocasts, in_autocast
 
@@ -51,7 +52,7 @@ class ResidualMLP(nn.Module):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         before = None
         for layer in self.layers:
-            branch = layer(x)
+            branch = layer(x) if _does_more(layer) else linear(x, layer.weight, layer.bias)
             shortcut = x if before is None else x + before
             before = x if self.cross_coupled else None
             dtype = torch.promote_types(branch.dtype, shortcut.dtype)
@@ -102,7 +103,7 @@ class DenselyConnectedMLP(nn.Module):
         if symbolic(x):
             return plain_dense(self, x)
         _check_input(x, self.layers[0], self.in_features)
-        if any(type(m) is not nn.Linear or hooked(m) is not None for m in self.layers):
+        if any(_does_more(m) for m in self.layers):
             return plain_dense(self, x)
         rows = x.reshape(-1, x.shape[-1])
         operands = [rows]
@@ -132,6 +133,10 @@ def plain_dense(mlp: DenselyConnectedMLP, x: Tensor) -> Tensor:
     for layer in mlp.layers:
         x = torch.cat([x, reference.ACTIVATIONS[mlp.act](layer(x))], -1)
     return mlp.output(x)
+
+
+def _does_more(layer: nn.Module) -> bool:
+    return type(layer) is not nn.Linear or hooked(layer) is not None
 
 
 def _check(act: str, **sizes: int) -> None:

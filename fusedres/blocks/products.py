@@ -1,0 +1,43 @@
+"""Products with a weight, in autocast's dtype, and by float32 where the CPU has none in x's.
+
+The detour is ``conv_stats``'s (ops/convolution.py): operands are kept as they came, for a matrix as
+an image of one column whose pixels are the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import conv_stats
+from ..ops.convolution import Geometry, upcasts
+from .training import NO_PROLOGUE
+from .unit import autocasts
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``nn.functional.linear`` of a matrix."""
+    x, weight, bias = _operands(x, weight, bias)
+    if torch.compiler.is_compiling() or not upcasts(x) or not x.numel():
+        return nn.functional.linear(x, weight, bias)
+    image = x.reshape(1, len(x), 1, -1).permute(0, 3, 1, 2)
+    point = [1, 1], [0, 0], [1, 1], 1
+    y = _convolution(image, weight[:, :, None, None], bias, point)
+    return y.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of x's size."""
+    padding = [weight.shape[2] // 2] * 2
+    return _convolution(*_operands(x, weight, bias), ([1, 1], padding, [1, 1], 1))
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    return conv_stats.op(x, *NO_PROLOGUE, weight, bias, *geometry, False)[0]
+
+
+def _operands(x: Tensor, weight: Tensor, bias: Tensor | None):
+    dtype = x.dtype
+    if autocasts(x, weight):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
