@@ -36,7 +36,8 @@ def channel_gate(x: Tensor, se: SE) -> Tensor:
     bytes_read = passes * numel_bytes(x)
     observers.notify(observers.Event("squeeze", "torch", None, passes, bytes_read, bytes_read))
     with torch.autocast(x.device.type, enabled=False):
-        squeezed = x.mean((2, 3), dtype=acc)
+        # Not mean(): its backward writes a tensor of x's size, that of a sum is a view.
+        squeezed = x.sum((2, 3), dtype=acc) / x.shape[2:].numel()
         if se.pool == "mean_max":
             squeezed = 0.5 * squeezed + 0.5 * x.amax((2, 3)).to(acc)
         w1, b1, w2, b2 = (None if p is None else p.to(acc) for p in (se.w1, se.b1, se.w2, se.b2))
