@@ -5,22 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from .. import checks
 from .. import functional as F
 from ..ops.convolution import upcasts
-from ..ops.define import transformed
-from .products import linear
+from .products import adds_in_place, linear
 from .recognise import symbolic
-
-
-def _adds_in_place(*tensors: Tensor) -> bool:
-    """Whether a product can be added to another where that lies: a pass over all gates less.
-
-    Autocast does not convert the operands of an operation in place, and vmap may have to make its
-    result larger.
-    """
-    plain = len({t.dtype for t in tensors}) == 1 and not dispatch.autocasts(tensors[0])
-    return plain and not torch.compiler.is_compiling() and not transformed()
 
 
 class ResidualLSTMCell(nn.Module):
@@ -91,7 +80,7 @@ class ResidualLSTMCell(nn.Module):
         gates = linear(x, self.weight_ih, bias)
         if upcasts(gates):
             gates = gates + linear(h, weight, None)
-        elif _adds_in_place(gates, h, weight):
+        elif adds_in_place(gates, h, weight):
             gates = gates.addmm_(h, weight.t())
         else:
             gates = torch.addmm(gates, h, weight.t())

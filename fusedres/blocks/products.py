@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import dispatch
 from ..ops import conv_stats
 from ..ops.convolution import Geometry, upcasts
+from ..ops.define import transformed
 from .training import NO_PROLOGUE
 from .unit import autocasts
 
@@ -30,6 +32,16 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of x's size."""
     padding = [weight.shape[2] // 2] * 2
     return _convolution(*_operands(x, weight, bias), ([1, 1], padding, [1, 1], 1))
+
+
+def adds_in_place(*tensors: Tensor) -> bool:
+    """Whether the others can be added to the first where that lies: a pass and a tensor less.
+
+    Autocast does not convert the operands of an operation in place, and vmap may have to make its
+    result larger.
+    """
+    plain = len({t.dtype for t in tensors}) == 1 and not dispatch.autocasts(tensors[0])
+    return plain and not torch.compiler.is_compiling() and not transformed()
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
