@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import observers
+
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The dense format PyTorch would give an elementwise result of ``x``."""
@@ -28,9 +30,18 @@ def _channels_innermost(x: Tensor) -> bool:
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x`` itself when it is dense in the format of ``like`` (default: its own), else a copy."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    layout = memory_format(x if like is None else like)
+    if torch.compiler.is_compiling():
+        return x.contiguous(memory_format=layout)
+    if torch._C._are_functorch_transforms_active():
         return x  # vmap knows no memory formats, and ops are plain PyTorch there
-    return x.contiguous(memory_format=memory_format(x if like is None else like))
+    y = x.contiguous(memory_format=layout)
+    if y is not x and observers.observed():
+        name = str(layout).removeprefix("torch.").removesuffix("_format")
+        reason = f"strides {x.stride()} are not {name}, which the next op reads"
+        moved = 2 * x.numel() * x.element_size()
+        observers.notify(observers.Event("copy", "aten", reason, 1, moved, moved))
+    return y
 
 
 def dense_like(t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -259,3 +259,13 @@ def test_a_global_hook_of_the_users_is_the_reason():
     assert not any(row.op in ("conv_stats", "bn_act") for row in rows)
     assert any(row.reason == "global module hooks are set" for row in rows)
     assert any(row.op == "conv_stats" for row in explain(fusedres.BasicBlock(8, 8), images()).rows)
+
+
+def test_copies_of_tensors_that_are_not_dense_are_shown():
+    model, x = fusedres.BatchNormAct2d(5), torch.randn(2, 5, 4, 6)[..., ::2]
+    copied, norm = fusedres.explain(model, x).rows
+    assert (copied.op, norm.op) == ("copy", "bn_act")
+    assert copied.reason.startswith(f"strides {x.stride()} are not contiguous")
+    assert copied.bytes_moved == 2 * 4 * x.numel()
+    (alone,) = fusedres.explain(model, x.contiguous()).rows
+    assert alone == norm

@@ -153,7 +153,11 @@ def _notes(model: nn.Module, rows: list[Row]) -> Iterator[str]:
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_(x.requires_grad)
+    y = x.detach().clone()
+    if y.stride() != x.stride():  # a part of another tensor: to be explained as such
+        memory, at = x.untyped_storage().clone(), x.storage_offset()
+        y = x.new_empty(0).set_(memory, at, x.shape, x.stride())
+    return y.requires_grad_(x.requires_grad)
 
 
 @contextlib.contextmanager
