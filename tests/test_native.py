@@ -213,6 +213,8 @@ BAD = [
     ("residual_mix", mix_args(shortcut=randn((2, 5, 4, 3))), "shortcut must have the shape"),
     ("residual_mix", mix_args(gate=randn(X, layout="NHWC")), "gate must have the memory layout"),
     ("residual_mix", mix_args(row_scale=torch.ones(3)), "row_scale must have shape"),
+]  # fmt: skip
+CPU_ONLY = [
     ("dense_store", (randn(X), randn((2, 3, 4, 4)), None, None, 3), "channels must lie inside"),
     ("dense_store", (randn(X), randn((2, 3, 4, 4)), *[torch.zeros(4)] * 2, 2), "mean must be .*5. or"),
     ("dense_load", (randn((2, 6, 4, 4)), randn(X), *[torch.ones(6)] * 4, 1e-5), "channels must lie"),
@@ -222,8 +224,11 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name,args,message", BAD, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "name,args,message", BAD + CPU_ONLY, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_its_own_checks(name, args, message):
+    assert native.load_error() is None  # loads the library
     args = tuple(args)
     with Unchanged(*(a for a in args if isinstance(a, torch.Tensor))):
         with pytest.raises(RuntimeError, match=f"{name}.*{message}"):
