@@ -165,6 +165,8 @@ def narrow_accesses(found: Found) -> Iterator[str]:
         yield f"{loads[width]} global loads of width {width}"
     if loads.get("128", 0) < each * (len(data) - len(stored)):
         yield f"{loads.get('128', 0)} loads of 16 bytes for {len(data) - len(stored)} tensors"
-    tile = each * len(stored)  # a loop that only copies is unrolled: several tiles
-    if stored and (stores.get("128", 0) % tile or not stores.get("128", 0)):
+    count, wanted = stores.get("128", 0), each * len(stored)
+    # The one loop that only copies is unrolled: whole tiles, several of them.
+    copies = job.kernel == "dense_store_kernel" and "mean_ptr" not in present
+    if stored and (count == 0 or count % wanted if copies else count != wanted):
         yield f"{stores.get('128', 0)} stores of 16 bytes for {len(stored)} tensors"

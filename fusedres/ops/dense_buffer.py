@@ -55,7 +55,7 @@ def _grad(dbuffer, q, r, dh, buffer, mean, var, weight, bias, eps):
     dbuffer[:, :channels] += (u * _column(scale)).to(buffer.dtype)
     dweight, dbias = (u * centered).sum((0, 2, 3)) * rstd, u.sum((0, 2, 3))
     if q is not None:  # batch norm's, csrc/bn_math.h
-        count = dh.numel() // max(1, channels)
+        count = max(1, dh.numel() // max(1, channels))  # of no values the sums are zeros
         q[:channels] -= scale * rstd * dweight / count
         r[:channels] -= scale * dbias / count
     return dweight, dbias
