@@ -30,13 +30,12 @@ def _channels_innermost(x: Tensor) -> bool:
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x`` itself when it is dense in the format of ``like`` (default: its own), else a copy."""
-    layout = memory_format(x if like is None else like)
-    if torch.compiler.is_compiling():
-        return x.contiguous(memory_format=layout)
-    if torch._C._are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
         return x  # vmap knows no memory formats, and ops are plain PyTorch there
+    layout = memory_format(x if like is None else like)
     y = x.contiguous(memory_format=layout)
-    if y is not x and observers.observed():
+    if y is not x and not compiling and observers.observed():
         name = str(layout).removeprefix("torch.").removesuffix("_format")
         reason = f"strides {x.stride()} are not {name}, which the next op reads"
         moved = 2 * x.numel() * x.element_size()
