@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from .costs import Costs
 from .networks import Conv
 from .op_cases import EPS, Op, Shape, Tensors, case
 from .peers import CUDNN, CUDNN_FRONTEND
-from .roofline import Hardware
 
 
 def conv_case(name: str, conv: Conv, batch: int, dtype: torch.dtype, **kwargs) -> Case:
@@ -29,25 +29,11 @@ def conv_case(name: str, conv: Conv, batch: int, dtype: torch.dtype, **kwargs) -
     found = case(build(name, conv), (batch, *conv.x), dtype, **kwargs)
     found.title += f" to {conv.y[0]}, {conv.kernel}x{conv.kernel}"
     found.title += f" stride {conv.stride}" if conv.stride > 1 else ""
-    if name == "conv_stats":
-        found.floor = _with_gradients(found, conv, batch)
+    if name == "conv_stats" and found.facts["direction"] != "forward":
+        costs = Costs(batch, dtype)
+        gradients = costs.dgrad(conv), costs.wgrad(conv)  # a CPU has no op for either
+        found.floor = partial(found.floor, unreported=gradients)
     return found
-
-
-def _with_gradients(found: Case, conv: Conv, batch: int):
-    """The floor with the convolution's two gradients, which are no ops of this library."""
-    costs, ops = Costs(batch, found.dtype), found.floor
-    kernels = {"forward": [], "both": [costs.dgrad(conv), costs.wgrad(conv)]}
-    kernels["backward"] = kernels["both"]
-    gradients = kernels[found.facts["direction"]]
-
-    def floor(hardware: Hardware) -> float | None:
-        reported = ops(hardware)
-        if reported is None:
-            return None
-        return reported + sum(hardware.seconds(k.flops, k.bytes) for k in gradients)
-
-    return floor
 
 
 def _weight(conv: Conv) -> Tensor:

@@ -65,7 +65,7 @@ class Costs:
     def dgrad(self, c: Conv, *extra: int) -> Kernel:
         """The gradient of the operand: the same traffic the other way round."""
         forward = self.conv(c)
-        return Kernel("dgrad", forward.flops, forward.bytes + sum(extra))
+        return Kernel("conv_grad", forward.flops, forward.bytes + sum(extra))
 
     def wgrad(self, c: Conv, *extra: int) -> Kernel:
         """The gradient of the weight: reads both activations, writes it in float32."""

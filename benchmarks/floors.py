@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from fusedres import observers
 
 from .clock import Clock
+from .costs import Kernel
 from .machine import has_bf16_convolution
 from .measure import Competitor
 from .roofline import Hardware
@@ -20,11 +21,16 @@ from .roofline import Hardware
 Shape = tuple[int, ...]
 
 
-def ops_floor(competitor: Competitor, hardware: Hardware) -> float | None:
+def ops_floor(
+    competitor: Competitor, hardware: Hardware, unreported: Sequence[Kernel] = ()
+) -> float | None:
     """The floors of the ops that the competitor's call reports, added up.
 
     A composed op (a convolution) reports itself and the passes that it is made of here. None on
     the reference backend, whose backward is PyTorch's own and reports nothing.
+
+    Args:
+        unreported: what the call does besides, unless an op of that name is reported.
     """
     events: list[observers.Event] = []
     competitor.prepare()
@@ -32,7 +38,12 @@ def ops_floor(competitor: Competitor, hardware: Hardware) -> float | None:
         competitor.call()
     if any(e.backend == "reference" for e in events):
         return None
-    return sum(hardware.seconds(e.flops, e.bytes_moved) for e in events)
+    reported = {e.op for e in events}
+    others = [k for k in unreported if k.op not in reported]
+    return sum(
+        [hardware.seconds(e.flops, e.bytes_moved) for e in events]
+        + [hardware.seconds(k.flops, k.bytes) for k in others]
+    )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Ops that are a composition of PyTorch's convolution and another op where no kernel does it all,
 # with the op whose kernel they need then.
-COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act"}
+COMPOSED = {"conv_stats": "bn_act", "conv_bn_act": "bn_act", "conv_grad": "bn_act_backward"}
 
 # What the library implements only where it holds CUDA kernels.
 CUDA_ONLY = (*COMPOSED, "cuda_launches")

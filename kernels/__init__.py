@@ -55,6 +55,7 @@ LAUNCHERS = {
     "dense_finish": "dense_block",
     "conv_bn_act": "conv_bn_act",
     "conv_stats": "conv_stats",
+    "conv_grad": "conv_grad",
 }
 
 

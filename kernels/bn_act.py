@@ -173,6 +173,11 @@ def _ways(view: View, config: Config) -> list[Launches]:
     return [AT_ONCE, STREAMED] if bn_act_grid.fits(view, config) else [STREAMED]
 
 
+def backward_at_once(view: View) -> bool:
+    """Whether the backward is one launch where nothing was measured."""
+    return fits_registers(view) or _ways(view, bn_act_grid.BACKWARD)[0] is AT_ONCE
+
+
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     view = View("bn_stats", x, images=False)
     if not x.numel():
@@ -267,14 +272,20 @@ def _streamed_backward(
     view: View, given: Incoming, norm: Norm, dx: Tensor, dresidual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write dx, and dresidual if it is not empty; dweight and dbias."""
-    dweight, dbias = view.new(view.c), view.new(view.c)
     sum_u, sum_ux, _ = passes.reduce(view, given, norm)
-    block_c = min(MERGE_CHANNELS, power_of_2(view.c))
-    launch(
-        bn_act_bwd_merge_kernel, cdiv(view.c, block_c), sum_u, sum_ux, norm.var, dweight, dbias,
-        sum_u.shape[0], view.c, norm.eps, device=dx.device, warps=4, BLOCK_P=MERGE_PARTS,
-        BLOCK_C=block_c,
-    )  # fmt: skip
+    dweight, dbias = merged(sum_u, sum_ux, norm)
     through = (dweight, dbias) if norm.batch_stats else None
     passes.backward_apply(view, given, norm, dx, dresidual, through=through)
+    return dweight, dbias
+
+
+def merged(sum_u: Tensor, sum_ux: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """dweight and dbias, from sums of u and u * (x - mean) over parts: [parts, C] fp32."""
+    parts, c = sum_u.shape
+    dweight, dbias = torch.empty_like(sum_u[0]), torch.empty_like(sum_u[0])
+    block_c = min(MERGE_CHANNELS, power_of_2(c))
+    launch(
+        bn_act_bwd_merge_kernel, cdiv(c, block_c), sum_u, sum_ux, norm.var, dweight, dbias, parts,
+        c, norm.eps, device=sum_u.device, warps=4, BLOCK_P=MERGE_PARTS, BLOCK_C=block_c,
+    )  # fmt: skip
     return dweight, dbias

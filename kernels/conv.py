@@ -43,21 +43,29 @@ class Conv:
         x: [N, C, H, W], channels innermost in memory.
         weight: [K, C / groups, KH, KW]; copied for the kernel where it is not channels_last.
         geometry: stride, padding, dilation, groups.
+        transposed: the weight is [C, K / groups, KH, KW], of the convolution whose gradient by its
+            input this is.
     """
 
     configs = MEDIUM, SMALL  # the last one is for few pixels
 
-    def __init__(self, op: str, x: Tensor, weight: Tensor, geometry: Sequence):
-        self.op, self.x, self._weight = op, x, weight
+    def __init__(
+        self, op: str, x: Tensor, weight: Tensor, geometry: Sequence, transposed: bool = False
+    ):
+        self.op, self.x, self._weight, self.transposed = op, x, weight, transposed
         self.stride, self.padding, self.dilation, self.groups = geometry
-        self.out_shape = out_shape(x, weight, geometry)
-        self.rows = self.out_shape[0] * math.prod(self.out_shape[2:])
-        self.channels, self.taps = weight.shape[0], tuple(weight.shape[2:])
+        self.channels, self.inner = weight.shape[:2]  # of the result; of a group of x
+        if transposed:
+            self.channels, self.inner = self.inner * self.groups, self.channels // self.groups
+        n, _, *sizes = out_shape(x, weight, geometry)
+        self.out_shape = n, self.channels, *sizes
+        self.rows = n * math.prod(sizes)
+        self.taps = tuple(weight.shape[2:])
         self.padded = any(self.padding)
 
     @cached_property
     def weight(self) -> Tensor:
-        """[K, KH, KW, C / groups] in memory"""
+        """Its second dimension is innermost in memory."""
         return self._weight.contiguous(memory_format=torch.channels_last)
 
     def new_result(self) -> Tensor:
@@ -78,7 +86,8 @@ class Conv:
         x, size = self.x, self.x.element_size()
         pointwise = self.taps == (1, 1) and tuple(self.stride) == (1, 1) and not self.padded
         matrices = x.is_contiguous(memory_format=torch.channels_last) and self.groups == 1
-        aligned = x.data_ptr() % 16 == 0 and x.shape[1] * size % 16 == 0
+        widths = (x.shape[1], self._weight.shape[1])
+        aligned = x.data_ptr() % 16 == 0 and all(c * size % 16 == 0 for c in widths)
         fits = pointwise and matrices and aligned and self.rows < WIDE_ROWS
         return fits and target_has_tma(x.device) and self.weight.data_ptr() % 16 == 0
 
@@ -94,7 +103,7 @@ class Conv:
             "WIDE": self.rows >= WIDE_ROWS,
             "BLOCK_M": min(way.m, max(16, power_of_2(self.rows))),
             "BLOCK_N": min(way.n, max(16, power_of_2(self.channels // self.groups))),
-            "BLOCK_K": min(k, max(16, power_of_2(self._weight.shape[1]))),
+            "BLOCK_K": min(k, max(16, power_of_2(self.inner))),
         }
 
     def operands(self, flags: dict) -> tuple:
@@ -103,9 +112,11 @@ class Conv:
             return self.x, self.weight
         c, step = self.x.shape[1], flags["BLOCK_K"]
         x = self.x.permute(0, 2, 3, 1).view(self.rows, c)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        tile = [step, flags["BLOCK_N"]] if self.transposed else [flags["BLOCK_N"], step]
         return (
             TensorDescriptor(x, [self.rows, c], [c, 1], [flags["BLOCK_M"], step]),
-            TensorDescriptor(self.weight, [self.channels, c], [c, 1], [flags["BLOCK_N"], step]),
+            TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], tile),
         )
 
     def sizes(self) -> tuple[int, ...]:
@@ -113,7 +124,7 @@ class Conv:
         n, _, h, w = self.x.shape
         x_n, _, x_h, x_w = self.x.stride()
         return (
-            self.rows, self._weight.shape[1], self.channels // self.groups, h, w,
+            self.rows, self.inner, self.channels // self.groups, h, w,
             *self.out_shape[2:], self.groups, x_n, x_h, x_w, *self.stride, *self.padding,
             *self.dilation,
         )  # fmt: skip
@@ -154,20 +165,26 @@ def precision(x: Tensor) -> str:
 # --- the choice
 
 
-def plan_of(key: str, ways: Sequence[Way], work: Callable[[Way], object], device) -> Plan:
+def plan_of(
+    key: str, ways: Sequence[Way], work: Callable[[Way], object], device,
+    default: str = "cuDNN is the default above 1x1",
+) -> Plan:  # fmt: skip
     """The way measured to be the fastest; the first one where nothing was measured.
 
     Args:
         work: carries the convolution out in one way, into results of its own.
+        default: why another's way than our kernel's is the first, if it is.
     """
     way = tuning.choose(key, ways, work, device)
-    why = _why(way, ways, tuning.measured(key, device))
+    why = _why(way, ways, tuning.measured(key, device), default)
     if way.by == "aten":
         return Plan(way.by, why)
     return Plan(way.by, why, lambda: tuning.run(key, ways, work, device))
 
 
-def _why(way: Way, ways: Sequence[Way], measured: dict[str, float]) -> str | None:
+def _why(
+    way: Way, ways: Sequence[Way], measured: dict[str, float], default: str
+) -> str | None:  # fmt: skip
     if measured:
         ordered = sorted(measured.items(), key=lambda one: one[1])
         return "measured: " + ", ".join(f"{by} {ms:.3f} ms" for by, ms in ordered)
@@ -175,7 +192,7 @@ def _why(way: Way, ways: Sequence[Way], measured: dict[str, float]) -> str | Non
         return f"no configuration of {ways[0].by} fits this GPU"
     if way.by == "triton":
         return None
-    return "not measured (FUSEDRES_TUNE=1): cuDNN is the default above 1x1"
+    return f"not measured (FUSEDRES_TUNE=1): {default}"
 
 
 def in_order(conv: Conv, rivals: Sequence[Way]) -> list[Way]:

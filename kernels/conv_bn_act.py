@@ -46,14 +46,15 @@ def conv_bn_act_fwd_kernel(
     m0 = (part.to(tl.int64) if WIDE else part) * BLOCK_M
     if TMA:
         z = gemm_tile(
-            x_ptr, weight_ptr, None, None, None, None, m0, k0, C, eps, "identity", PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, weight_ptr, None, None, None, None, m0, k0, C, eps, "identity", False,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         z = conv_tile(
             x_ptr, weight_ptr, None, None, None, None, m0, group, k0, M, C, K, H, W, P, Q,
             stride_xn, stride_xh, stride_xw, stride_h, stride_w, pad_h, pad_w, dilation_h,
-            dilation_w, eps, "identity", KH, KW, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            dilation_w, eps, "identity", KH, KW, PADDED, False, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
     start, offs, inside, c0 = result_tile(m0, group, k0, groups, M, K, BLOCK_M, BLOCK_N)
     channels = groups * K

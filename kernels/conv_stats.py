@@ -49,13 +49,13 @@ def conv_stats_fwd_kernel(
         if TMA:
             y = gemm_tile(
                 x_ptr, weight_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, m0, k0, C, eps,
-                ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                ACT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             y = conv_tile(
                 x_ptr, weight_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, m0, group, k0,
                 M, C, K, H, W, P, Q, stride_xn, stride_xh, stride_xw, stride_h, stride_w, pad_h,
-                pad_w, dilation_h, dilation_w, eps, ACT, KH, KW, PADDED, PRECISION,
+                pad_w, dilation_h, dilation_w, eps, ACT, KH, KW, PADDED, False, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         start, offs, inside, c0 = result_tile(m0, group, k0, groups, M, K, BLOCK_M, BLOCK_N)

@@ -4,6 +4,9 @@ The rows of the GEMM are output pixels, its columns the output channels of a gro
 dimension the taps of the kernel times the input channels of a group. No matrix is formed: each step
 loads the pixels that one tap sees (zeros outside of the image) and the weights of that tap. Input
 and result are NHWC, the weight is [K, KH, KW, C / groups] in memory.
+
+The gradient of an unstrided convolution by its input is a convolution of the result's gradient,
+with the taps in opposite order and the channels' roles exchanged: TRANSPOSED reads the weight so.
 """
 
 import triton
@@ -41,10 +44,13 @@ def bn_act_tile(
 @triton.jit
 def gemm_tile(
     x_desc, weight_desc, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, m0, k0, C, eps,
-    ACT: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A pointwise convolution's tile from tensor descriptors of x [M, C] and weight [K, C]."""
+    """A pointwise convolution's tile from tensor descriptors of x [M, C] and weight [K, C].
+
+    TRANSPOSED: the weight is [C, K].
+    """
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c0 in range(0, C, BLOCK_K):
         x = x_desc.load([m0, c0])
@@ -52,8 +58,11 @@ def gemm_tile(
             x = bn_act_tile(
                 x, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, c0, C, eps, ACT, BLOCK_K
             )
-        weight = weight_desc.load([k0, c0])
-        out = tl.dot(x, weight.T, out, input_precision=PRECISION)
+        if TRANSPOSED:
+            weight = weight_desc.load([c0, k0])
+        else:
+            weight = weight_desc.load([k0, c0]).T
+        out = tl.dot(x, weight, out, input_precision=PRECISION)
     return out
 
 
@@ -73,13 +82,14 @@ def conv_tile(
     x_ptr, weight_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, m0, group, k0,
     M, C, K, H, W, P, Q, stride_xn, stride_xh, stride_xw, stride_h, stride_w, pad_h, pad_w,
     dilation_h, dilation_w, eps, ACT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """conv(act(bn(x))) of BLOCK_M pixels from m0 and BLOCK_N channels from k0: fp32, 0 outside.
 
     C and K are channels of a group, H and W sizes of x, P and Q of the result. The padding is of
-    act(bn(x)): taps outside of the image are zero whatever the norm makes of zero.
+    act(bn(x)): taps outside of the image are zero whatever the norm makes of zero. TRANSPOSED: the
+    weight is [groups * C, KH, KW, K], its last tap goes first.
     """
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_N)
@@ -90,7 +100,10 @@ def conv_tile(
         offs_m, P, Q, stride_xn, stride_xh, stride_xw, stride_h, stride_w, pad_h, pad_w
     )  # fmt: skip
     pixels += group * C
-    weights = (group * K + k0).to(tl.int64) * (KH * KW * C) + offs_k * (KH * KW * C)
+    if TRANSPOSED:
+        weights = group.to(tl.int64) * (C * KH * KW * K) + k0 + offs_k
+    else:
+        weights = (group * K + k0).to(tl.int64) * (KH * KW * C) + offs_k * (KH * KW * C)
     c_blocks = tl.cdiv(C, BLOCK_K)
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(KH * KW * c_blocks):
@@ -111,9 +124,14 @@ def conv_tile(
                 eps, ACT, BLOCK_K,
             )  # fmt: skip
             x = tl.where(inside, x, 0.0)
-        taps = weights + (tap * C + c0)
+        if TRANSPOSED:
+            taps = weights + (KH * KW - 1 - tap) * K
+            rows = (c0 + offs_c) * (KH * KW * K)
+        else:
+            taps = weights + (tap * C + c0)
+            rows = offs_c
         weight = tl.load(
-            weight_ptr + taps[None, :] + offs_c[:, None],
+            weight_ptr + taps[None, :] + rows[:, None],
             mask=in_c[:, None] & in_k[None, :], other=0.0,
         )  # fmt: skip
         out = tl.dot(x, weight, out, input_precision=PRECISION)

@@ -149,6 +149,17 @@ def conv_stats_calls(dtype: torch.dtype, nhwc: bool) -> None:
         ops.conv_stats(x, *before, weight, None, *geometry, True)
 
 
+def conv_grad_calls(dtype: torch.dtype, nhwc: bool) -> None:
+    if not nhwc:
+        return
+    ops = triton_kernels.package().module("conv_grad")
+    p, x = meta(64), meta((256, 64, 56, 56), dtype, nhwc)
+    for k, taps, batch_stats in ((256, 1, True), (256, 1, False), (64, 3, True)):
+        dy, weight = meta((256, k, 56, 56), dtype, nhwc), meta((k, 64, taps, taps), dtype, nhwc)
+        geometry = [1, 1], [taps // 2, taps // 2], [1, 1], 1
+        ops.conv_grad(dy, weight, x, p, p, p, p, batch_stats, 1e-5, "relu", *geometry, batch_stats)
+
+
 # A function of dtype and layout for every op.
 CALLS: list[Callable[[torch.dtype, bool], None]] = [
     bn_act_calls,
@@ -161,6 +172,7 @@ CALLS: list[Callable[[torch.dtype, bool], None]] = [
     dense_block_calls,
     conv_bn_act_calls,
     conv_stats_calls,
+    conv_grad_calls,
 ]
 
 

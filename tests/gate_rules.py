@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-TENSOR_CORES = ("se_mlp_kernel", "conv_bn_act_fwd_kernel", "conv_stats_fwd_kernel")
+TENSOR_CORES = (
+    "se_mlp_kernel", "conv_bn_act_fwd_kernel", "conv_stats_fwd_kernel", "conv_grad_kernel",
+)  # fmt: skip
 # The tensor cores' instructions; small tiles take the warp's own on the newer architectures too.
 MMA = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTC", "HMMA"), 120: ("HMMA",)}
 # Bytes of shared memory a block can have (CUDA C++ Programming Guide, compute capabilities).

@@ -18,7 +18,8 @@ triton = pytest.importorskip("triton")
 conv = triton_kernels.package().module("conv")
 implicit_gemm = triton_kernels.package().module("implicit_gemm")
 launch = triton_kernels.package().module("launch")
-MODULES = tuple(triton_kernels.package().module(op) for op in ("conv_bn_act", "conv_stats"))
+OPS = "conv_bn_act", "conv_stats", "conv_grad"
+MODULES = tuple(triton_kernels.package().module(op) for op in OPS)
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels are compiled here")
 
@@ -48,6 +49,7 @@ def kernels_only(monkeypatch):
     """Our kernels carry every convolution out, 3x3 as well."""
     for module in MODULES:
         monkeypatch.setattr(module, "in_order", lambda conv, rivals: conv.ways())
+    monkeypatch.setattr(MODULES[2], "backward_at_once", lambda view: False)
 
 
 @pytest.fixture
@@ -78,7 +80,10 @@ def test_training(case, device, dtype):
     tensors = training.tensors_of(CASES[case], dtype, **options)
     with triton_on(device), triton_kernels.counted() as launched:
         training.check_against_reference(to(device, tensors), CASES[case], options)
-    assert [n for n in launched if "conv" in n] == ["conv_stats_fwd_kernel"]
+    geometry = CASES[case]
+    behind = NORMS[case] and geometry.stride == (1, 1) and case != "1x1_padded"
+    wanted = ["conv_stats_fwd_kernel", *["conv_grad_kernel"] * bool(behind)]
+    assert [n for n in launched if "conv" in n] == wanted
 
 
 def check_statistics(found, y):

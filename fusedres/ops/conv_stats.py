@@ -10,11 +10,9 @@ applied as x is loaded, the sums are taken of the tile that is stored; a second 
 
 from __future__ import annotations
 
-import torch
-
 from .. import reference
 from ..layout import dense
-from . import bn_act
+from . import bn_act, conv_grad
 from .bn_act import fake_stats
 from .convolution import conv_flops, conv_numel, convolution, convolution_backward
 from .define import OwnKernel, Traffic, by_reference, define, numel_bytes, vjp
@@ -107,19 +105,23 @@ def _backward(ctx, dy, *_):
 def backward(dy, inputs, bn, geometry, needed, h=None):
     """Gradients of ``inputs = (x, bn_weight, bn_bias, weight, bias)``; h: act(bn(x)) if known."""
     x, bn_weight, bn_bias, weight, bias = inputs
-    if h is None:
+    if h is None and not needed[3]:
+        h = x  # only the weight's gradient reads the values
+    through_bn = bn[0] is not None and any(needed[:3])
+    by_x = any(needed[:3])
+    if through_bn and conv_grad.op.planned(dy):
+        args = weight, x, bn_weight, bn_bias, *bn, *geometry
+        *grads, made = conv_grad.op(dense(dy), *args, h is None)
+        by_x, h = False, made if h is None else h
+    elif h is None:
         h = prologue(x, bn_weight, bn_bias, *bn)
-    through_bn = any(needed[:3])
-    which = [through_bn, needed[3], needed[4]]
+    which = [by_x, needed[3], needed[4]]
     dh, dweight, dbias = convolution_backward(dy, h, weight, bias is not None, geometry, which)
-    if bn[0] is None or not through_bn:
+    if not through_bn:
         return dh, None, None, dweight, dbias
-    mean, var, batch_stats, eps, act = bn
-    mask = x.new_empty(0, dtype=torch.uint8)
-    dx, dbn_weight, dbn_bias, _ = bn_act.backward_op(
-        dense(dh, like=x), x, bn_weight, bn_bias, None, mean, var, mask, batch_stats, eps, act,
-        False,
-    )  # fmt: skip
+    if by_x:
+        grads = conv_grad.through_norm(dh, x, bn_weight, bn_bias, *bn)
+    dx, dbn_weight, dbn_bias = grads
     dbn_weight = dbn_weight.to(bn_weight.dtype) if needed[1] else None
     dbn_bias = dbn_bias.to(bn_bias.dtype) if needed[2] else None
     return dx if needed[0] else None, dbn_weight, dbn_bias, dweight, dbias
