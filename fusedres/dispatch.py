@@ -123,6 +123,26 @@ def choose(op: str, x: Tensor) -> Choice:
     return Choice(name, "; ".join(reasons) or None)
 
 
+def choose_for(op: str, x: Tensor, native_kernel: Callable | None, args: tuple) -> Choice:
+    """``choose``; between the library's CUDA kernel and Triton's the faster, where it was measured.
+
+    Args:
+        native_kernel: of the library, run with the op's ``args``; None if it is no rival of Triton.
+    """
+    choice = choose(op, x)
+    if choice.backend == "native" and native_kernel is not None and _contested(op, x):
+        return Choice(*triton_kernels.faster(op, x, native_kernel, args))
+    return choice
+
+
+def _contested(op: str, x: Tensor) -> bool:
+    """Whether Triton can run what the library can, and measurements may prefer it."""
+    if x.device.type != "cuda" or forced_backend() is not None:
+        return False
+    measured = triton_kernels.decides(x.device.index)
+    return measured and x.numel() > 0 and _triton_can_run(op, x) is None
+
+
 def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:
     """Take the native backend from ``op`` on the device of ``x``, whose launch ended in ``error``.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .native import REFUSED
+from .native import REFUSED, explained
 
 OLDEST = (3, 6)  # the oldest release that the kernels are compiled and run with
 LOWEST_CAPABILITY = (8, 0)  # Ampere: the lowest that the kernels are compiled for
@@ -124,18 +124,45 @@ def plan(op: str, plain: Callable, native: Callable[[int], object] | None, args:
         native: runs the library's CUDA kernel in a variant; None if it cannot run.
     """
     kernels = package()
-    own = None if native is None else partial(_or_unfit, native)
+    own = None if native is None else partial(_or_unfit, op, args[0], native)
     return kernels.module(kernels.LAUNCHERS[op]).plan(plain, own, *args)
 
 
-def _or_unfit(native: Callable, variant: int):
-    """``native``, where a launch that the GPU refused leaves the variant out."""
+def _or_unfit(op: str, x: Tensor, native: Callable, *args):
+    """``native(*args)``, where a launch that the GPU refused leaves this way to run ``op`` out."""
     try:
-        return native(variant)
+        return native(*args)
     except RuntimeError as error:
         if REFUSED not in str(error):
-            raise
+            raise explained(op, x, error) from None
         raise unfit()(str(error).splitlines()[0]) from error
+
+
+def decides(index: int) -> bool:
+    """Whether measurements have a say in who runs an op on this GPU: most often there are none."""
+    return package().tuning_asked() or _measured_before(index)
+
+
+@cache
+def _measured_before(index: int) -> bool:
+    if not any(package().cache_folder().glob("*.json")):  # without an import of Triton
+        return False
+    if missing() is not None or device_reason(index) is not None:
+        return False
+    return package().module("rivals").known(torch.device("cuda", index))
+
+
+def faster(op: str, x: Tensor, native: Callable, args: tuple) -> tuple[str, str | None]:
+    """Who was measured to run ``op`` faster, "native" or "triton", and what that rests on.
+
+    Args:
+        native: runs the library's CUDA kernel.
+    """
+    rivals, kernels = package().module("rivals"), package()
+    if kernels.tuning_asked():  # what is measured now counts when it is not any more, too
+        _measured_before.cache_clear()
+    own = partial(_or_unfit, op, x, native)
+    return rivals.faster(op, own, kernels.launcher(op), x.device, args)
 
 
 def ways() -> ModuleType:

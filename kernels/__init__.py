@@ -7,6 +7,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 |---|---|
 | launch.py | how a kernel is started: tile sizes, devices, the count of launches |
 | tuning.py | the measured choice among a kernel's configurations, kept on disk |
+| rivals.py | the measured choice between a launcher and the library's CUDA kernel |
 | activations.py, tile.py | device functions: activations, gates; addresses, bit masks |
 | stats.py | per-channel statistics of x |
 | stream.py | the apply, reduce and backward-apply passes that several ops share |
@@ -65,6 +66,11 @@ def cache_folder() -> Path:
     if folder:
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
+
+
+def tuning_asked() -> bool:
+    """Whether unknown shapes are to be measured: FUSEDRES_TUNE is set."""
+    return os.environ.get("FUSEDRES_TUNE", "") not in ("", "0")
 
 
 def launcher(op: str) -> Callable:

@@ -186,8 +186,7 @@ def _why(
     way: Way, ways: Sequence[Way], measured: dict[str, float], default: str
 ) -> str | None:  # fmt: skip
     if measured:
-        ordered = sorted(measured.items(), key=lambda one: one[1])
-        return "measured: " + ", ".join(f"{by} {ms:.3f} ms" for by, ms in ordered)
+        return tuning.told(measured)
     if way.by != ways[0].by:
         return f"no configuration of {ways[0].by} fits this GPU"
     if way.by == "triton":

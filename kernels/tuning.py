@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from . import cache_folder
+from . import cache_folder, tuning_asked
 from .launch import INTERPRETED, is_dry, on, uncounted
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers: launch.Config, or an op's own
@@ -91,6 +91,10 @@ class Cache:
         found = self.choice(key)
         return next((c for c in configs if found and list(astuple(c)) == found.config), None)
 
+    def holds(self, prefix: str) -> bool:
+        """Whether there is a choice whose key begins with ``prefix``."""
+        return any(key.startswith(prefix) for key in self._choices)
+
     def put(self, key: str, config: Config, ms: dict[str, float] | None = None) -> None:
         with self._lock:
             self._choices[key] = {"config": list(astuple(config)), "ms": ms or {}}
@@ -151,9 +155,8 @@ def cache_of(gpu: str) -> Cache:
 
 def measuring() -> bool:
     """Whether unknown shapes are measured: FUSEDRES_TUNE is set, and no CUDA graph is recorded."""
-    asked = os.environ.get("FUSEDRES_TUNE", "") not in ("", "0")
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return asked and not capturing
+    return tuning_asked() and not capturing
 
 
 def gpu_of(device: torch.device) -> str | None:
@@ -252,6 +255,12 @@ def measured(key: str, device: torch.device) -> dict[str, float]:
     gpu = gpu_of(device)
     found = None if gpu is None else cache_of(gpu).choice(key)
     return {} if found is None else found.ms
+
+
+def told(ms: dict[str, float]) -> str | None:
+    """What ``explain`` says of a measurement, the fastest first; None where there is none."""
+    ordered = sorted(ms.items(), key=lambda one: one[1])
+    return "measured: " + ", ".join(f"{by} {t:.3f} ms" for by, t in ordered) if ms else None
 
 
 def run(

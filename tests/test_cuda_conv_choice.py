@@ -258,11 +258,11 @@ def test_a_tile_that_the_gpu_refuses_is_left_out(on_gpu, glue, monkeypatch):
     on_gpu(triton=3.0, aten=2.0, native2=1.5, native3=4.0)
     run = triton_kernels._or_unfit
 
-    def first_does_not_fit(kernel, variant):
+    def first_does_not_fit(op, x, kernel, variant):
         def refuse(_):
             raise RuntimeError(f"conv_bn_act: {native.REFUSED}: invalid argument")
 
-        return run(refuse if variant == 1 else kernel, variant)
+        return run(op, x, refuse if variant == 1 else kernel, variant)
 
     monkeypatch.setattr(triton_kernels, "_or_unfit", first_does_not_fit)
     with pytest.warns(RuntimeWarning, match="m=128, n=128.* is left out: .*invalid argument"):
@@ -274,7 +274,7 @@ def test_any_other_error_of_a_kernel_is_raised():
         raise RuntimeError("conv_bn_act: CUDA failed: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        triton_kernels._or_unfit(broken, 0)
+        triton_kernels._or_unfit("conv_bn_act", torch.empty(0), broken, 0)
 
 
 def test_unmeasured_the_defaults_are_what_they_were(on_gpu, glue, monkeypatch):

@@ -113,12 +113,13 @@ def define(
     if composed is None or own is not None:
         _native.define(schema if own is None else own.schema)
         native = getattr(torch.ops.fusedres_native, name)
+    rival = native if composed is None else None  # a composed op has its plan
 
     spec = Spec(name, traffic, composed, fused_traffic, reference, own, native)
 
     def run(*args):
         x = next(a for a in args if isinstance(a, Tensor))
-        choice = dispatch.choose(name, x)
+        choice = dispatch.choose_for(name, x, rival, args)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
         natively = not on_triton and execution.goes_by_plan(spec, choice, x)
         on_cuda = choice.backend == "native" and native is not None and x.device.type == "cuda"

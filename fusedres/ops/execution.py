@@ -139,23 +139,27 @@ def on_triton(op: Spec, choice: dispatch.Choice, *args):
             observers.notify(event(op.name, traffic, choice, args))
         return op.composed(*args)
     if not observed:
-        return _or_reference(op, kernel, choice, args)[0]
+        return _or_next(op, kernel, choice, args)[0]
     with triton_kernels.counted() as kernels:
-        result, choice = _or_reference(op, kernel, choice, args)
+        result, choice = _or_next(op, kernel, choice, args)
     told = event(op.name, traffic, choice, args)
     observers.notify(replace(told, launches=len(kernels)) if kernels else told)
     return result
 
 
-def _or_reference(op: Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
-    """What ``kernel`` returns, or the reference where the GPU cannot run it; and which it was."""
+def _or_next(op: Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -> tuple:
+    """What ``kernel`` returns, or another backend where the GPU cannot run it; and which it was."""
     try:
         return kernel(), choice
     except triton_kernels.misfits() as error:
-        if op.reference is None or dispatch.forced_backend() is not None:
+        # Where Triton was chosen for its speed the library can run the op too.
+        faster = dispatch.choose(op.name, args[0]).backend == "native"
+        by, instead = ("native", op.native) if faster else ("reference", op.reference)
+        if instead is None or dispatch.forced_backend() is not None:
             raise
-        dispatch.warn_once(f"fusedres runs plain PyTorch: triton: {error}")
-        return op.reference(*args), dispatch.Choice("reference", f"triton: {error}")
+        runs = by if faster else "plain PyTorch"
+        dispatch.warn_once(f"fusedres runs {runs}: triton: {error}")
+        return instead(*args), dispatch.Choice(by, f"triton: {error}")
 
 
 def _unobserved(fn: Callable, *args):
