@@ -137,10 +137,9 @@ def choose_for(op: str, x: Tensor, native_kernel: Callable | None, args: tuple) 
 
 def _contested(op: str, x: Tensor) -> bool:
     """Whether Triton can run what the library can, and measurements may prefer it."""
-    if x.device.type != "cuda" or forced_backend() is not None:
+    if x.device.type != "cuda" or not triton_kernels.decides(x.device.index):
         return False
-    measured = triton_kernels.decides(x.device.index)
-    return measured and x.numel() > 0 and _triton_can_run(op, x) is None
+    return forced_backend() is None and x.numel() > 0 and _triton_can_run(op, x) is None
 
 
 def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:

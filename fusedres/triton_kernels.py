@@ -138,18 +138,20 @@ def _or_unfit(op: str, x: Tensor, native: Callable, *args):
         raise unfit()(str(error).splitlines()[0]) from error
 
 
-def decides(index: int) -> bool:
-    """Whether measurements have a say in who runs an op on this GPU: most often there are none."""
-    return package().tuning_asked() or _measured_before(index)
-
-
 @cache
-def _measured_before(index: int) -> bool:
-    if not any(package().cache_folder().glob("*.json")):  # without an import of Triton
+def decides(index: int) -> bool:
+    """Whether measurements have a say in who runs an op on this GPU: if there are, or will be, any.
+
+    Every op asks, so it is found out once, and Triton is imported only where there is a file.
+    """
+    kernels = package()
+    if kernels.tuning_asked():
+        return True
+    if not any(kernels.cache_folder().glob("*.json")):
         return False
     if missing() is not None or device_reason(index) is not None:
         return False
-    return package().module("rivals").known(torch.device("cuda", index))
+    return kernels.module("rivals").any_measured(torch.device("cuda", index))
 
 
 def faster(op: str, x: Tensor, native: Callable, args: tuple) -> tuple[str, str | None]:
@@ -158,11 +160,8 @@ def faster(op: str, x: Tensor, native: Callable, args: tuple) -> tuple[str, str 
     Args:
         native: runs the library's CUDA kernel.
     """
-    rivals, kernels = package().module("rivals"), package()
-    if kernels.tuning_asked():  # what is measured now counts when it is not any more, too
-        _measured_before.cache_clear()
     own = partial(_or_unfit, op, x, native)
-    return rivals.faster(op, own, kernels.launcher(op), x.device, args)
+    return package().module("rivals").faster(op, own, launcher(op), x.device, args)
 
 
 def ways() -> ModuleType:

@@ -24,6 +24,7 @@ arguments and results of its op's schema, and its inputs are dense (``fusedres.l
 
 import importlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,11 @@ def cache_folder() -> Path:
     folder = os.environ.get("FUSEDRES_CACHE_DIR")
     if folder:
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "fusedres"
+    except RuntimeError:  # a user without a home, as containers may run under
+        return Path(tempfile.gettempdir()) / "fusedres"
 
 
 def tuning_asked() -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import tuning, tuning_asked
 
 KIND = "backend of "  # what the keys of these choices begin with
 
@@ -23,6 +23,41 @@ class Rival:
 
 
 RIVALS = Rival("native"), Rival("triton")  # the default first
+
+_known: dict[tuple, tuple[str, str | None]] = {}  # by call: a string for each costs microseconds
+
+
+def faster(
+    op: str, native: Callable, triton: Callable, device: torch.device, args: tuple
+) -> tuple[str, str | None]:
+    """Who runs the op, "native" or "triton", and what the choice rests on, for ``explain``.
+
+    Args:
+        native, triton: run the op, into results of their own.
+    """
+    call = op, device, *map(_seen, args)
+    if call in _known:
+        return _known[call]
+    found = _measured(key(op, args), {"native": native, "triton": triton}, device, args)
+    if found[1] is not None or not tuning_asked():
+        _known[call] = found
+    return found
+
+
+def _seen(arg: object) -> object:
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.shape, arg.stride(), arg.data_ptr() % 16
+    return None if isinstance(arg, float) else arg
+
+
+def _measured(
+    name: str, work: dict[str, Callable], device: torch.device, args: tuple
+) -> tuple[str, str | None]:
+    try:
+        by = tuning.choose(name, RIVALS, lambda rival: work[rival.by](*args), device).by
+    except tuning.Unfit:  # of either: the default says so itself
+        return RIVALS[0].by, None
+    return by, tuning.told(tuning.measured(name, device))
 
 
 def key(op: str, args: tuple) -> str:
@@ -42,23 +77,7 @@ def _part(arg: object) -> str:
     return " ".join(parts)
 
 
-def faster(
-    op: str, native: Callable, triton: Callable, device: torch.device, args: tuple
-) -> tuple[str, str | None]:
-    """"native" or "triton", and what the choice rests on, for ``explain``.
-
-    Args:
-        native, triton: run the op, into results of their own.
-    """
-    name, work = key(op, args), {"native": native, "triton": triton}
-    try:
-        by = tuning.choose(name, RIVALS, lambda rival: work[rival.by](*args), device).by
-    except tuning.Unfit:  # of either: the default says so itself
-        return RIVALS[0].by, None
-    return by, tuning.told(tuning.measured(name, device))
-
-
-def known(device: torch.device) -> bool:
+def any_measured(device: torch.device) -> bool:
     """Whether any of these choices was measured on the GPU ``device``."""
     gpu = tuning.gpu_of(device)
     return gpu is not None and tuning.cache_of(gpu).holds(KIND)

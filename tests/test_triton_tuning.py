@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -138,6 +139,12 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert tuning.cache_path(GPU).parent == tmp_path / "fusedres"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.cache_path(GPU).parent == Path.home() / ".cache" / "fusedres"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuning.cache_path(GPU).parent == Path(tempfile.gettempdir()) / "fusedres"
 
 
 WRITES = 20
