@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_cases
-from cases import SHAPES, arrange, randn, sliced
+from cases import SHAPES, arrange, layouts, randn, sliced
 from fusedres import triton_kernels
 from fusedres.layout import mask_shape
 from harness import same_bits
@@ -21,6 +21,8 @@ tile = triton_kernels.package().module("tile")
 bn_act = triton_kernels.package().module("bn_act")
 squeeze_excite = triton_kernels.package().module("squeeze_excite")
 residual_mix = triton_kernels.package().module("residual_mix")
+residual_add = triton_kernels.package().module("residual_add")
+passes = triton_kernels.package().module("passes")
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels are compiled here")
 
@@ -76,6 +78,51 @@ def test_addresses_beyond_2_to_the_31_elements(nhwc, n, c, hw, wide):
     ]
     assert [first.item(), last.item()] == wanted
     assert images + c * hw > 2**31
+
+
+def apply_passes(x, stats) -> dict:
+    """By the kernel whose pass it is, a call and its arguments; its first result is the pass's."""
+    none, mask = [None] * 4, x.new_empty(0, dtype=torch.uint8)
+    given, eps = (None, None, *stats, False, 1e-5), (1e-5, 1e-5)
+    sums = False, False, False, False
+    return {
+        "stream_fwd_apply": (bn_act.bn_act, x, *given[:2], x, *given[2:], "relu", False),
+        "stream_bwd_apply": (
+            bn_act.bn_act_backward, x, x, None, None, None, *stats, mask, True, 1e-5, "relu", False,
+        ),
+        "residual_add_fwd": (
+            residual_add.residual_add, x, *none, x, *none, None, False, False, *eps, "relu", *sums[2:],
+        ),
+        "residual_add_bwd_apply": (
+            residual_add.residual_add_backward, x, x, *none, x, *none, None, mask, False, False,
+            *eps, "relu", *sums[1:],
+        ),
+    }  # fmt: skip
+
+
+@interpreted
+@layouts
+@pytest.mark.parametrize("name", apply_passes(torch.empty(0), (None, None)))
+def test_an_apply_pass_begins_at_the_end_of_the_tensor(name, layout, monkeypatch):
+    """Which the pass before left in the L2: only the first program runs, and writes the last tile."""
+
+    def first_program(kernel, programs, *args, **options):
+        if kernel.fn.__name__ != f"{name}_kernel":
+            return launch.launch(kernel, programs, *args, **options)
+        with monkeypatch.context() as inside:
+            inside.setattr(tl, "num_programs", lambda axis: programs)
+            return launch.launch(kernel, 1, *args, **options)
+
+    for module in (passes, residual_add):
+        monkeypatch.setattr(module, "launch", first_program)
+    monkeypatch.setattr(bn_act, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr(bn_act, "_ways", lambda view, config: [bn_act.STREAMED])
+    call, *args = apply_passes(randn((2, 32, 10, 13), layout=layout), STATS_32)[name]
+    written = ~call(*args)[0].isnan()  # conftest.poisoned_memory
+    # A tile has all channels of 64 or 128 pixels, of 260 in all (NHWC) or 130 of an image.
+    last = torch.zeros_like(written).flatten(2)
+    last[-1, :, -4 if layout == "NHWC" else -2 :] = True
+    assert torch.equal(written.flatten(2), last)
 
 
 # --- checks: what the Python layer never passes is refused by name
@@ -179,4 +226,5 @@ def test_a_dry_run_records_every_configuration_and_starts_nothing():
     assert not same_bits(y, x) and not launch.is_dry()
 
 
+STATS_32 = torch.zeros(32), torch.ones(32)
 STATS_16 = torch.zeros(16), torch.ones(16)
