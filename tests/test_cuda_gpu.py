@@ -29,7 +29,7 @@ from cases import DTYPES, SHAPES, Conv, values_per_channel
 from cuda_gate import library
 from cuda_host import SIMULATOR
 from cuda_ops import SM90_TILES, TILES
-from fusedres import native, reference, toolchain
+from fusedres import native, observers, reference, toolchain, triton_kernels
 from harness import Tensors, assert_same_bits, double, gradients
 from test_cuda_simulator import RIGHT
 from triton_cases import to
@@ -184,6 +184,24 @@ def test_no_memory_is_pytorchs_own_error(name):
     tensors = {n: x if t is not None and t.dim() == 4 else t for n, t in tensors.items()}
     with pytest.raises(torch.OutOfMemoryError, match=f"^{name}: .*out of memory"), torch.no_grad():
         fn(**tensors)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_measured_against_triton(name, tmp_path, monkeypatch):
+    """The faster of both runs a shape from its first call on, and is as accurate."""
+    if reason := triton_kernels.can_run(name, torch.empty(0, device=DEVICE), by_name=False):
+        pytest.skip(reason)
+    rivals, tuning = (triton_kernels.package().module(n) for n in ("rivals", "tuning"))
+    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSEDRES_TUNE", "1")
+    monkeypatch.setattr(triton_kernels, "decides", lambda index: True)
+    for module, known in ((rivals, "_known"), (tuning, "_caches")):
+        monkeypatch.setattr(module, known, {})
+    events = []
+    with fusedres.backend("auto"), observers.observe(events.append):
+        check(name, "odd_nhwc", torch.bfloat16)
+    assert "native" in events[0].reason and "triton" in events[0].reason
+    assert events[0].reason.startswith(f"measured: {events[0].backend} ")
 
 
 # --- the primitives, as the simulator's own kernels use them

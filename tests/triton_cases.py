@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedres
-from fusedres import triton_kernels
+from fusedres import dispatch, native, triton_kernels
 from harness import Tensors
 
 # Cases of cases.SHAPES that the interpreter gets through in a second.
@@ -50,6 +50,31 @@ def triton_on(device: str) -> Iterator[None]:
 
 def to(device: str, tensors: Tensors) -> Tensors:
     return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+
+
+@pytest.fixture
+def unmeasured(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A machine on which no backend was measured: the folder of its measurements."""
+    pytest.importorskip("triton")
+    rivals, tuning = (triton_kernels.package().module(name) for name in ("rivals", "tuning"))
+    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FUSEDRES_TUNE", raising=False)
+    for module, name, value in (
+        (tuning, "_caches", {}), (tuning, "_unfit", set()), (rivals, "_known", {}),
+        (dispatch, "_warned", set()), (native, "_refusals", {}),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    triton_kernels.decides.cache_clear()
+    yield tmp_path
+    triton_kernels.decides.cache_clear()
+
+
+def new_process() -> None:
+    """What a new process knows of measurements: nothing but the file."""
+    rivals, tuning = (triton_kernels.package().module(name) for name in ("rivals", "tuning"))
+    for known in (tuning._caches, rivals._known):
+        known.clear()
+    triton_kernels.decides.cache_clear()
 
 
 @pytest.fixture

@@ -153,11 +153,11 @@ def _or_next(op: Spec, kernel: Callable, choice: dispatch.Choice, args: tuple) -
         return kernel(), choice
     except triton_kernels.misfits() as error:
         # Where Triton was chosen for its speed the library can run the op too.
-        faster = dispatch.choose(op.name, args[0]).backend == "native"
-        by, instead = ("native", op.native) if faster else ("reference", op.reference)
+        natively = dispatch.choose(op.name, args[0]).backend == "native"
+        by, instead = ("native", op.native) if natively else ("reference", op.reference)
         if instead is None or dispatch.forced_backend() is not None:
             raise
-        runs = by if faster else "plain PyTorch"
+        runs = by if natively else "plain PyTorch"
         dispatch.warn_once(f"fusedres runs {runs}: triton: {error}")
         return instead(*args), dispatch.Choice(by, f"triton: {error}")
 
