@@ -68,7 +68,7 @@ BACKENDS: dict[str, Callable[[str, Tensor], str | None]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend an op runs on, and why each backend before it could not."""
+    """The backend an op runs on; why each backend before it could not, or what was measured."""
 
     backend: str
     reason: str | None = None
