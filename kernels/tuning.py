@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from .. import __version__
 from . import cache_folder, tuning_asked
 from .launch import INTERPRETED, is_dry, on, uncounted
 
@@ -141,7 +142,8 @@ _lock = threading.Lock()
 
 def cache_path(gpu: str) -> Path:
     """The file of one GPU model, and of the versions whose kernels were measured."""
-    versions = f"triton {triton.__version__} torch {torch.__version__}"  # cuDNN comes with torch
+    ours = f"fusedres {__version__} triton {triton.__version__}"
+    versions = f"{ours} torch {torch.__version__}"  # cuDNN comes with torch
     name = re.sub(r"[^a-z0-9.]+", "-", f"{versions} {gpu}".lower()).strip("-")
     return cache_folder() / f"{name}.json"
 

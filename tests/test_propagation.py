@@ -69,6 +69,22 @@ def test_projections_end_a_run():
     assert found.ok
 
 
+@pytest.mark.parametrize("kind", [fusedres.DenseBlock, torchvision.models.densenet._DenseBlock])
+def test_a_dense_block_concatenates(kind):
+    block = kind(3, 8, bn_size=2, growth_rate=4, drop_rate=0.0).double()
+    model = nn.Sequential(block, nn.ReLU(inplace=True))
+    x = randn((2, 8, 5, 5), torch.float64)
+    found = fusedres.propagation(model, x, loss=lambda y: y.square().sum())
+    start = x.clone().requires_grad_()
+    y = block(start)
+    dx, dy = torch.autograd.grad(y.relu().square().sum(), (start, y))
+    (only,) = found.blocks
+    assert (only.name, only.kind) == ("0", "concatenation")
+    for name, t in dict(x=x, f=y[:, 8:], dx=dx, df=dy[:, 8:]).items():
+        assert getattr(only, name) == pytest.approx(t.norm().item(), rel=1e-12)
+    assert found.runs == () and "norms only" in str(found)
+
+
 def test_what_comes_between_blocks_ends_a_run():
     model = nn.Sequential(PreActBlock(4), nn.ReLU(), PreActBlock(4))
     found = fusedres.propagation(model, randn((2, 4, 5, 5)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedres
 import test_bn_act as bn
 import test_bn_se_act as bn_se
 import test_residual_mix as mix
@@ -74,6 +75,7 @@ def test_the_fastest_is_measured_once_and_kept(monkeypatch, cache_folder):
     assert best("another shape", timer) == CONFIGS[0]
     (path,) = cache_folder.iterdir()
     assert path.name.endswith("nvidia-test-1000-80gb.json")
+    assert f"fusedres-{fusedres.__version__}" in path.name
     assert triton.__version__ in path.name and torch.__version__.replace("+", "-") in path.name
     assert json.loads(path.read_text()) == {"a": {"config": [8192, 128, 8], "ms": {"triton": 1.0}}}
 

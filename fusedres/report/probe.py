@@ -21,9 +21,9 @@ class Block:
     """One residual block. Norms are L2; a figure that the block does not have is None.
 
     ``kind``: "identity" (y = x + F), "projection" (y = s(x) + F), "post-activation"
-    (y = act(s(x) + F)), or "other": F is then the difference of output and shortcut. The F of a
-    block that adds twice, as a pre-norm transformer layer, is the sum of both. |dF| is the gradient
-    that arrives where the block adds last.
+    (y = act(s(x) + F)), "concatenation" (y = [x, F], as a dense block's), or "other": F is then the
+    difference of output and shortcut. The F of a block that adds twice, as a pre-norm transformer
+    layer, is the sum of both. |dF| is the gradient that arrives at F, where the block adds last.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Probe:
     middle: tuple[Tensor, Tensor] | None = None  # a result r, and x + r as a module got it
     parts: tuple[Tensor, ...] = ()  # the results that add up to F, in the order they were added
     results: list[Tensor] = field(default_factory=list)
+    longer: Tensor | None = None  # the result of a block that keeps x in its first channels
 
     @property
     def f(self) -> Tensor:
@@ -139,12 +140,23 @@ class Probe:
         if isinstance(out, Tensor):
             self.shortcut = out.detach().clone()
 
-    def _leave(self, y) -> None:
-        if isinstance(y, Tensor):
-            self.y = y.detach().clone()
+    def _leave(self, y) -> Tensor | None:
+        if not isinstance(y, Tensor):
+            return None
+        self.y, x = y.detach().clone(), self.x.detach()
+        if y.dim() == x.dim() > 1 and y.shape[1] > x.shape[1] and y.requires_grad:
+            kept = self.y.narrow(1, 0, x.shape[1])
+            if torch.equal(kept, x):
+                self.longer = _watched(y)
+                return self.longer.clone()
+        return None
 
     def block(self, name: str) -> Block:
         x = self.x.detach()
+        if self.longer is not None:
+            f, df = (t[:, x.shape[1] :] for t in (self.y, self.longer.grad))
+            grown = norm(f), norm(self.x.grad), norm(df)
+            return Block(name, "concatenation", norm(x), *grown, None, None)
         identity = self.shortcut is None or torch.equal(self.shortcut, x)
         shortcut = x if identity else self.shortcut
         self.parts, kind = self._branch(shortcut, identity)

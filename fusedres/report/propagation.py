@@ -125,7 +125,7 @@ def propagation(
             class is called a block, bottleneck, highway or encoder layer.
 
     Returns:
-        Propagation: blocks in the order they ran.
+        Propagation: blocks in the order they ran. A dense block's layers are one block.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -164,8 +164,9 @@ def _ordinary(t):
 
 
 def _is_block(name: str, module: nn.Module) -> bool:
-    sequence = nn.Sequential | nn.ModuleList | nn.ModuleDict
-    return bool(_BLOCK.search(type(module).__name__)) and not isinstance(module, sequence)
+    # Not a container of blocks: those have no forward of their own, as a dense block has.
+    runs = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+    return runs and bool(_BLOCK.search(type(module).__name__))
 
 
 def _blocks_of(model: nn.Module, is_block) -> Iterator[tuple[str, nn.Module]]:
