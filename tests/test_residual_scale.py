@@ -91,6 +91,28 @@ def test_the_module(form, layout, backend):
     check_module(fusedres.unfuse(Module()), Formula(), branch, x)
 
 
+@backends
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 8), (6, 8)])
+def test_tokens(shape, backend):
+    class Formula(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaling = fusedres.ResidualScale(8, init=0.3, shortcut=0.5, dim=-1)
+
+        def forward(self, branch, x):
+            scale = torch.arange(float(len(x))).to(x).view(-1, *[1] * (x.dim() - 1))
+            return torch.relu(scale * self.scaling.weight * branch + 0.5 * x)
+
+    class Module(Formula):
+        def forward(self, branch, x):
+            return self.scaling(branch, x, torch.arange(float(len(x))), act="relu")
+
+    branch, x = randn(shape), randn(shape)
+    with fusedres.backend(backend):
+        check_module(Module(), Formula(), branch, x)
+    check_module(fusedres.unfuse(Module()), Formula(), branch, x)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name,project", [
     ("BasicBlock", False), ("BasicBlock", True), ("SEBasicBlock", False),
@@ -150,6 +172,9 @@ def test_a_block_that_starts_as_the_identity():
     (lambda: fusedres.BasicBlock(8, 8, residual_scale=0.1), TypeError, "residual_scale: wanted a fus"),
     (lambda: fusedres.BasicBlock(8, 8, residual=False, residual_scale=fusedres.ResidualScale()),
      ValueError, "residual: wanted True"),
+    (lambda: fusedres.ResidualScale(8, dim=2), ValueError, "dim: wanted 1 or -1, got 2"),
+    (lambda: fusedres.BasicBlock(8, 8, residual_scale=fusedres.ResidualScale(8, dim=-1)),
+     ValueError, "residual_scale: wanted dim=1 in a block, got -1"),
 ])  # fmt: skip
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
@@ -157,6 +182,9 @@ def test_bad_input(make, error, message):
     scaling = fusedres.ResidualScale(5)
     with Unchanged(scaling), pytest.raises(ValueError, match="weight: wanted shape"):
         scaling(randn(X), randn(X))
+    tokens = fusedres.ResidualScale(5, dim=-1)
+    with pytest.raises(ValueError, match=r"x: wanted shape \(2, 3, 5\), got \(2, 4, 5\)"):
+        tokens(randn((2, 3, 5)), randn((2, 4, 5)))
 
 
 def test_a_tangent_goes_through_a_frozen_block():

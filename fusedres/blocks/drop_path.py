@@ -124,7 +124,7 @@ def set_shortcut(
 
     Raises:
         TypeError: a residual_scale that is none; a residual that is not True or False.
-        ValueError: a residual_scale of other channels; a downsample, drop_path or residual_scale in
+        ValueError: a residual_scale of other channels or another dim; a downsample, drop_path or residual_scale in
             a block that has no shortcut.
     """
     if not isinstance(residual, bool):
@@ -135,6 +135,8 @@ def set_shortcut(
     if residual_scale is not None and residual_scale.weight.numel() not in (1, channels):
         found = residual_scale.weight.numel()
         raise ValueError(f"residual_scale: wanted 1 or {channels} channels, got {found}")
+    if residual_scale is not None and residual_scale.dim != 1:
+        raise ValueError(f"residual_scale: wanted dim=1 in a block, got {residual_scale.dim}")
     if not residual and (downsample is not None or drop_path or residual_scale is not None):
         raise ValueError(
             "residual: wanted True with a downsample, drop_path or residual_scale, got False"

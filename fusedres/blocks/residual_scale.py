@@ -33,9 +33,10 @@ class ResidualScale(nn.Module):
         init: the weight's first value.
         shortcut: a constant factor of the shortcut.
         learnable: whether ``weight`` is a parameter, or a buffer.
+        dim: where the channels are: 1, or -1 for tokens [N, ..., C]. A block takes 1.
 
     Raises:
-        ValueError: channels < 1; an init or shortcut that is not finite.
+        ValueError: channels < 1; an init or shortcut that is not finite; another dim.
         TypeError: channels is no whole number, init or shortcut no number.
     """
 
@@ -46,6 +47,7 @@ class ResidualScale(nn.Module):
         shortcut: float = 1.0,
         learnable: bool = True,
         *,
+        dim: int = 1,
         device=None,
         dtype=None,
     ):
@@ -54,25 +56,44 @@ class ResidualScale(nn.Module):
             checks.size("channels", channels)
         checks.finite("init", init)
         checks.finite("shortcut", shortcut)
+        if dim not in (1, -1):
+            raise ValueError(f"dim: wanted 1 or -1, got {dim!r}")
         weight = torch.full((channels or 1,), float(init), device=device, dtype=dtype)
         if learnable:
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
-        self.shortcut = float(shortcut)
+        self.shortcut, self.dim = float(shortcut), dim
 
     def forward(
         self, branch: Tensor, x: Tensor, scale: Tensor | None = None, act: str = "identity"
     ) -> Tensor:
-        """``act(scale * weight * branch + shortcut * x)``; ``scale`` [N] is stochastic depth's."""
+        """``act(scale * weight * branch + shortcut * x)``.
+
+        Args:
+            branch, x: [N, C, ...], or [N, ..., C] with ``dim=-1``.
+            scale: [N], stochastic depth's.
+            act: as in ``fusedres.functional.batch_norm_act``.
+        """
         if isinstance(branch, torch.fx.Proxy):
             return reference.ACTIVATIONS[act](self.of_branch(branch) + x * self.shortcut)
+        if self.dim == 1 or branch.dim() <= 2:
+            return self._add(branch, x, scale, act)
+        if x.shape != branch.shape:
+            raise ValueError(f"x: wanted shape {tuple(branch.shape)}, got {tuple(x.shape)}")
+        if scale is not None:  # a row is a token
+            scale = scale.repeat_interleave(branch.shape[1:-1].numel(), dim=0)
+        return self._add(branch.flatten(0, -2), x.flatten(0, -2), scale, act).view(branch.shape)
+
+    def _add(self, branch: Tensor, x: Tensor, scale: Tensor | None, act: str) -> Tensor:
         factors = dict(weight=self.weight, shortcut_weight=self.of_shortcut(branch))
         return F.residual_add(branch, x.to(branch.dtype), **factors, scale=scale, act=act)
 
     def of_branch(self, branch: Tensor) -> Tensor:
         """``weight * branch``."""
         weight = self.weight.to(branch.dtype)
+        if self.dim == -1:
+            return branch * weight
         if isinstance(branch, torch.fx.Proxy):  # whose number of dimensions is not known
             return (branch.movedim(1, -1) * weight).movedim(-1, 1)
         return branch * weight.view(-1, *[1] * (branch.dim() - 2))
@@ -84,7 +105,8 @@ class ResidualScale(nn.Module):
         return torch.full((1,), self.shortcut, dtype=self.weight.dtype, device=branch.device)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, shortcut={self.shortcut:.3g}"
+        dim = "" if self.dim == 1 else f", dim={self.dim}"
+        return f"{self.weight.numel()}, shortcut={self.shortcut:.3g}{dim}"
 
 
 def scaled_norm(norm: Norm, gain: Tensor, channels: int) -> Norm:
