@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch, observers, reference
 from .. import functional as F
+from ..ops.convolution import upcasts
 from ..ops.define import numel_bytes
 from ..ops.dense_mlp import dense_mlp
 from .products import adds_in_place, linear
@@ -118,8 +119,21 @@ class DenselyConnectedMLP(nn.Module):
             operands += [layer.weight, layer.bias]
         if autocasts(rows, self.layers[0].weight):
             operands = [in_autocast(t) for t in operands]
-        y = self.output(dense_mlp(*operands, act=self.act))
+        y = self._project(self._features(operands))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _features(self, operands: list[Tensor | None]) -> Tensor:
+        """``[x, h_1, ..., h_depth]``, in float32 where the CPU has no product in x's dtype."""
+        dtype = operands[0].dtype
+        if torch.compiler.is_compiling() or not upcasts(operands[0]):
+            return dense_mlp(*operands, act=self.act)
+        wide = [None if t is None else t.float() for t in operands]
+        return dense_mlp(*wide, act=self.act).to(dtype)
+
+    def _project(self, y: Tensor) -> Tensor:
+        if _does_more(self.output):
+            return self.output(y)
+        return linear(y, self.output.weight, self.output.bias)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}"
