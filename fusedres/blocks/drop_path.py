@@ -124,8 +124,8 @@ def set_shortcut(
 
     Raises:
         TypeError: a residual_scale that is none; a residual that is not True or False.
-        ValueError: a residual_scale of other channels or another dim; a downsample, drop_path or residual_scale in
-            a block that has no shortcut.
+        ValueError: a residual_scale of other channels or another dim; a downsample, drop_path or
+            residual_scale in a block that has no shortcut.
     """
     if not isinstance(residual, bool):
         raise TypeError(f"residual: wanted True or False, got {residual!r}")
