@@ -53,8 +53,8 @@ STREAMING = {
     "stream_bwd_reduce_kernel": Streaming(3, 0, numbers=2, wide=2),
     "stream_bwd_apply_kernel": Streaming(3, 2, wide=2),
     # two parts, and what they give: mean, var, scale; dweight, dbias, scale, q, r
-    "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=5, copies=1),
-    "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=7, copies=2),
+    "bn_act_fwd_whole_kernel": Streaming(2, 1, numbers=5, copies=1, wide=2),
+    "bn_act_bwd_whole_kernel": Streaming(3, 2, numbers=7, copies=2, wide=2),
     # squeezed; hidden, logits: loops
     "se_fwd_cluster_kernel": Streaming(1, 1, numbers=8, copies=1),
     "se_bwd_cluster_kernel": Streaming(1, 2, numbers=10, copies=1),  # dlogits, dhidden: loops; dy

@@ -43,35 +43,45 @@ def test_training(case, dtype):
 
 # The number of SMs decides how many rows a block holds; 227 KiB of shared memory are for two blocks.
 WHOLE_CASES = {
-    "one_tile": ((1, 24, 5, 5), "relu6", True, 4),
-    "several_tiles": ((2, 64, 14, 14), "relu", True, 4),
-    "two_column_blocks": ((1, 512, 5, 5), "identity", True, 4),
-    "finds_z": ((3, 16, 9, 7), "relu", False, 2),
-    "any_activation": ((2, 40, 7, 7), "silu", True, 3),
+    "one_tile": ("NHWC", (1, 24, 5, 5), "relu6", True, 4),
+    "several_tiles": ("NHWC", (2, 64, 14, 14), "relu", True, 4),
+    "two_column_blocks": ("NHWC", (1, 512, 5, 5), "identity", True, 4),
+    "finds_z": ("NHWC", (3, 16, 9, 7), "relu", False, 2),
+    "any_activation": ("NHWC", (2, 40, 7, 7), "silu", True, 3),
+    "few_pixels": ("NCHW", (2, 24, 1, 5), "relu6", True, 4),
+    "many_packs_a_thread": ("NCHW", (2, 64, 14, 12), "relu", True, 1),
+    "two_tiles_of_a_channel": ("NCHW", (15, 3, 24, 24), "silu", False, 4),
+    "a_tile_that_ends_inside_of_an_image": ("NCHW", (47, 1, 14, 14), "relu", False, 4),
+    "channels_that_fill_no_block": ("NCHW", (5, 70, 7, 7), "identity", True, 4),
+    "two_tiles_of_an_image": ("NCHW", (1, 1, 93, 95), "gelu", True, 4),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", WHOLE_CASES)
 def test_one_launch(case, dtype):
-    shape, act, residual, sms = WHOLE_CASES[case]
-    tensors = bn.tensors_of(shape, "NHWC", dtype, residual=residual)
+    layout, shape, act, residual, sms = WHOLE_CASES[case]
+    tensors = bn.tensors_of(shape, layout, dtype, residual=residual)
     with cuda_on_host(variant="whole", sms=sms) as launched:
         bn.check_against_reference(tensors, act)
     assert launched == WHOLE + WHOLE_BACKWARD
 
 
-def test_one_launch_with_running_statistics():
+@layouts
+def test_one_launch_with_running_statistics(layout):
     """Their gradients have no q and r."""
-    tensors = bn.tensors_of((2, 32, 7, 7), "NHWC", torch.float32, training=False)
+    tensors = bn.tensors_of((2, 32, 7, 7), layout, torch.float32, training=False)
     with cuda_on_host(variant="whole") as launched:
         bn.check_against_reference(tensors, "relu")
     assert launched == [*FINDS_Z, "stream_fwd_apply_kernel", *WHOLE_BACKWARD]
 
 
-def test_the_size_decides():
+@pytest.mark.parametrize("layout,shape", [
+    ("NHWC", (1, 256, 14, 14)), ("NCHW", (1, 64, 32, 40)),
+])  # fmt: skip
+def test_the_size_decides(layout, shape):
     """x alone fits on the chip where x and dy do not; a GPU with fewer SMs holds neither."""
-    tensors = bn.tensors_of((1, 256, 14, 14), "NHWC", torch.float32)
+    tensors = bn.tensors_of(shape, layout, torch.float32)
     for sms, forward, backward in (
         (4, WHOLE, WHOLE_BACKWARD),
         (2, WHOLE, BACKWARD),
@@ -106,14 +116,21 @@ def test_one_launch_asked_for_where_it_does_not_fit(channels, machine):
         bn.fused()(**tensors)
 
 
-@pytest.mark.parametrize("rows,direction", [(400, "forward"), (432, "no"), (192, "backward")])
-def test_what_registers_and_shared_memory_hold(rows, direction):
-    """An SM's share of a tensor of 25.7 MB on 132 of them is 380 rows of 256 16-bit channels."""
-    tensors = bn.tensors_of((1, 256, rows // 16, 16), "NHWC", torch.bfloat16)
+@pytest.mark.parametrize("layout,shape,direction", [
+    ("NHWC", (1, 256, 25, 16), "forward"),
+    ("NHWC", (1, 256, 27, 16), "no"),
+    ("NHWC", (1, 256, 12, 16), "both"),
+    ("NCHW", (2, 8, 116, 64), "forward"),
+    ("NCHW", (2, 8, 120, 64), "no"),
+    ("NCHW", (2, 8, 56, 64), "both"),
+])  # fmt: skip
+def test_what_registers_and_shared_memory_hold(layout, shape, direction):
+    """An SM's share of a tensor of 25.7 MB on 132 of them is 195 KB, 380 rows of the first shape."""
+    tensors = bn.tensors_of(shape, layout, torch.bfloat16)
     with cuda_on_host(sms=1) as launched:
         bn.check_against_reference(tensors, "relu")
     forward = FORWARD if direction == "no" else WHOLE
-    assert launched == forward + (WHOLE_BACKWARD if direction == "backward" else BACKWARD)
+    assert launched == forward + (WHOLE_BACKWARD if direction == "both" else BACKWARD)
 
 
 @cases_of(bn.EVAL_OPTIONS)
@@ -136,7 +153,7 @@ def test_every_activation(act, layout):
 @layouts
 def test_several_tiles_and_segments(layout):
     shape = (2, 9, 70, 60) if layout == "NCHW" else (1, 520, 20, 15)
-    with cuda_on_host():
+    with cuda_on_host(variant="streaming"):
         bn.check_against_reference(bn.tensors_of(shape, layout, torch.float32), "relu")
 
 
@@ -188,14 +205,16 @@ def test_without_affine_parameters(missing):
 
 
 @dtypes
-@layouts
-def test_misaligned_views_over_a_sentinel(layout, dtype):
+@pytest.mark.parametrize("layout,variant", [
+    ("NHWC", "by_size"), ("NCHW", "by_size"), ("NCHW", "streaming"),
+])  # fmt: skip
+def test_misaligned_views_over_a_sentinel(layout, variant, dtype):
     tensors = bn.tensors_of((3, 16, 2, 4), layout, dtype)
     views, buffers = dict(tensors), []
     for name in ("x", "residual", "weight"):
         views[name], buffer = misaligned(tensors[name])
         buffers.append(buffer)
-    with cuda_on_host(), Unchanged(*buffers):
+    with cuda_on_host(variant=variant), Unchanged(*buffers):
         bn.check_against_reference(views, "relu")
 
 
@@ -218,9 +237,11 @@ def test_derivatives(layout):
         check_derivatives(bn.fused("silu"), tensors, bn.CONSTANTS)
 
 
-@pytest.mark.parametrize("variant", ["streaming", "whole"])
-def test_same_bits_in_every_order(variant):
-    tensors = bn.tensors_of((2, 24, 17, 15), "NHWC", torch.float16)
+@pytest.mark.parametrize("variant,layout", [
+    ("streaming", "NHWC"), ("whole", "NHWC"), ("whole", "NCHW"),
+])  # fmt: skip
+def test_same_bits_in_every_order(variant, layout):
+    tensors = bn.tensors_of((2, 24, 17, 15), layout, torch.float16)
     found = []
     for order in ORDERS:
         with cuda_on_host(variant=variant, order=order):

@@ -64,8 +64,13 @@ def run_squeeze_excite(shape, layout, dtype):
 
 def run_bn_whole():
     """Two blocks that meet twice; of their rows some in registers, some in shared memory."""
-    for act in ("relu", "silu"):
-        tensors = bn.tensors_of((1, 256, 6, 6), "NHWC", torch.float32)
+    for act, layout, shape in (
+        ("relu", "NHWC", (1, 256, 6, 6)),
+        ("silu", "NHWC", (1, 256, 6, 6)),
+        ("relu", "NCHW", (1, 1, 91, 91)),  # packs that are not whole
+        ("silu", "NCHW", (1, 1, 92, 92)),
+    ):
+        tensors = bn.tensors_of(shape, layout, torch.float32)
         gradients(bn.fused(act), tensors, constants=bn.CONSTANTS)
 
 
@@ -112,6 +117,7 @@ OPS = {
     "conv_stats": run_conv_stats,
 }
 IN_ONE_LAUNCH = {"bn_act": run_bn_whole, "squeeze_excite": run_se_cluster}
+IN_ONE_LAUNCH_LAYOUTS = {"bn_act": ("NHWC", "NCHW"), "squeeze_excite": ("NHWC",)}
 
 
 @cache
@@ -132,7 +138,7 @@ def recorded(op: str, flavour: str) -> tuple[list[bytes], set[str]]:
             return recording.calls, kernels
         for shape, layout, dtype in SHAPES[flavour]:
             on_host(run, shape, layout, dtype, variant="streaming")
-            if layout == "NHWC" and op in IN_ONE_LAUNCH:
+            if layout in IN_ONE_LAUNCH_LAYOUTS.get(op, ()):
                 on_host(run, shape, layout, dtype)
         if op in IN_ONE_LAUNCH:
             on_host(IN_ONE_LAUNCH[op])

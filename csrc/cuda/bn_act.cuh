@@ -108,7 +108,7 @@ cudaError_t choose_whole(const BnActParams& p, WholeKernel kernel, StreamParams*
     error =
         resident_blocks(reinterpret_cast<const void*>(kernel), *shared_bytes, device, &resident);
   }
-  *whole = t.tiles > 0 && t.blocks() <= resident;
+  *whole = t.tiles > 0 && whole_blocks(t) <= resident;
   if (*whole) a->tiling = t;
   return error == cudaSuccess && wanted && !*whole ? cudaErrorNotSupported : error;
 }

@@ -9,7 +9,8 @@ namespace cuda {
 struct FinalizeParams {
   int64_t c, parts;
   int64_t part_length, run_length, parts_of_run;  // values: parts of a run are equal but the last
-  double count;                                   // values of a channel
+  int64_t period, padding;  // the last `padding` of every `period` values of a run are none
+  double count;             // values of a channel
   double eps;
   const void* part1;   // acc_t [parts, C]
   const void* part2;   // acc_t [parts, C]
@@ -63,7 +64,11 @@ __device__ __forceinline__ S scale_of(const FinalizeParams& f, int64_t channel, 
 __device__ __forceinline__ double part_count(const FinalizeParams& f, int64_t part) {
   const int64_t begin = (part - quotient(part, f.parts_of_run) * f.parts_of_run) * f.part_length;
   const int64_t left = f.run_length - begin;
-  return static_cast<double>(left < f.part_length ? left : f.part_length);
+  int64_t values = left < f.part_length ? left : f.part_length;
+  if (f.padding > 0) {
+    values -= f.padding * (quotient(begin + values, f.period) - quotient(begin, f.period));
+  }
+  return static_cast<double>(values);
 }
 
 // The mean of a channel's values in a part.

@@ -15,6 +15,13 @@ struct RawPack {
   static constexpr int kWords = kPack * static_cast<int>(sizeof(T)) / 16;
   uint4 words[kWords];
 
+  // As load_pack reads it.
+  template <bool kWide>
+  __device__ __forceinline__ static RawPack read(const T* from, int width, int n) {
+    RawPack raw{};
+    copy_pack<T, kWide>(from, reinterpret_cast<T*>(raw.words), width, n);
+    return raw;
+  }
   __device__ __forceinline__ Pack<acc_of<T>> unpacked() const {
     Pack<acc_of<T>> out;
 #pragma unroll
@@ -29,12 +36,19 @@ struct Held {
   static constexpr int kWords = RawPack<T>::kWords;
   uint4* at;
 
-  // Asks for the k-th pack, which is there once this thread has waited for its copies.
-  __device__ __forceinline__ void fetch(int k, const T* from) const {
+  // Asks for the k-th pack, which is there once this thread has waited for its copies. One that is
+  // not aligned comes through registers.
+  template <bool kWide = true>
+  __device__ __forceinline__ void fetch(int k, const T* from, int width = 16, int n = kPack) const {
+    const RawPack<T> raw = kWide ? RawPack<T>{} : RawPack<T>::template read<false>(from, width, n);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      copy_async(&at[(k * kWords + w) * kThreads + threadIdx.x],
-                 reinterpret_cast<const uint4*>(from) + w, true);
+      uint4* const to = &at[(k * kWords + w) * kThreads + threadIdx.x];
+      if constexpr (kWide) {
+        copy_async(to, reinterpret_cast<const uint4*>(from) + w, true);
+      } else {
+        *to = raw.words[w];
+      }
     }
   }
   __device__ __forceinline__ Pack<acc_of<T>> take(int k) const {
@@ -47,27 +61,29 @@ struct Held {
   }
 };
 
-// The first kOwn packs in registers, the others in shared memory.
+using InRegisters = std::true_type;
+using InShared = std::false_type;
+
+// The first kOwn packs in registers, whose k the compiler knows; the others in shared memory.
 template <typename T, int kOwn>
 struct Kept {
   Held<T> others;
   RawPack<T> own[kOwn];
 
-  // The first of them, `step` elements apart.
-  __device__ __forceinline__ void load(const T* from, int64_t step, int count) {
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-#pragma unroll
-      for (int w = 0; w < Held<T>::kWords; ++w) {
-        own[k].words[w] = uint4{};
-        if (k < count) own[k].words[w] = reinterpret_cast<const uint4*>(from + k * step)[w];
-      }
-    }
+  template <bool kWide>
+  __device__ __forceinline__ void fetch(int k, InRegisters, const T* from, int width, int n) {
+    own[k] = RawPack<T>::template read<kWide>(from, width, n);
   }
-  __device__ __forceinline__ void fetch(int k, const T* from) const {
-    others.fetch(k - kOwn, from);
+  template <bool kWide>
+  __device__ __forceinline__ void fetch(int k, InShared, const T* from, int width, int n) {
+    others.template fetch<kWide>(k - kOwn, from, width, n);
   }
-  __device__ __forceinline__ Pack<acc_of<T>> take(int k) const { return others.take(k - kOwn); }
+  __device__ __forceinline__ Pack<acc_of<T>> take(int k, InRegisters) const {
+    return own[k].unpacked();
+  }
+  __device__ __forceinline__ Pack<acc_of<T>> take(int k, InShared) const {
+    return others.take(k - kOwn);
+  }
 };
 
 // Calls ask(k) for packs `first` to `count`, in two groups of copies; returns where the second
@@ -80,6 +96,25 @@ __device__ __forceinline__ int fetch_in_two(int first, int count, Ask ask) {
   for (int k = middle; k < count; ++k) ask(k);
   copy_async_commit();
   return middle;
+}
+
+// f(k, where it is) for those of a thread's packs that are in registers.
+template <int kOwn, typename F>
+__device__ __forceinline__ void in_registers(int count, F f) {
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (k < count) f(k, InRegisters());
+  }
+}
+
+// f(k, where it is) for all of a thread's packs, as fetch_in_two's groups come.
+template <int kOwn, typename F>
+__device__ __forceinline__ void as_they_come(int middle, int count, F f) {
+  in_registers<kOwn>(count, f);
+  copy_async_wait<1>();
+  for (int k = kOwn; k < middle; ++k) f(k, InShared());
+  copy_async_wait<0>();
+  for (int k = middle; k < count; ++k) f(k, InShared());
 }
 
 // f(k, how many) for packs 0 to count, kAtOnce of them together as long as there are so many.

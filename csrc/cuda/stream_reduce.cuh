@@ -172,25 +172,29 @@ __device__ __forceinline__ void nhwc_moments(int k, int end, Moments<S> (&mine)[
   }
 }
 
+// Adds the moments of n values of one channel; beyond n there are zeros.
+template <bool kWide, typename S>
+__device__ __forceinline__ void add_pack(Moments<S>* to, const Pack<S>& x, int n) {
+  Moments<S> pack{S(0), S(0), static_cast<S>(n)};
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) pack.sum += x[i];
+  const S mean = pack.sum / pack.count;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    const S off = x[i] - mean;
+    pack.m2 += kWide || i < n ? off * off : S(0);
+  }
+  merge(to, pack);
+}
+
 template <typename T, bool kWide>
 __device__ __forceinline__ Moments<acc_of<T>> nchw_moments(const StreamParams& a,
                                                            const Lane& lane) {
-  using S = acc_of<T>;
-  Moments<S> mine{};
+  Moments<acc_of<T>> mine{};
   for (int k = 0; k < lane.count; ++k) {
     const int n = kWide ? kPack : elements<true>(lane, k);
     const T* from = static_cast<const T*>(a.x) + lane.at + k * lane.step;
-    const Pack<S> x = load_pack<T, kWide>(from, a.width, n);
-    Moments<S> pack{S(0), S(0), static_cast<S>(n)};
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) pack.sum += x[i];  // beyond n: zeros
-    const S mean = pack.sum / pack.count;
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const S off = x[i] - mean;
-      pack.m2 += kWide || i < n ? off * off : S(0);
-    }
-    merge(&mine, pack);
+    add_pack<kWide>(&mine, load_pack<T, kWide>(from, a.width, n), n);
   }
   return mine;
 }
