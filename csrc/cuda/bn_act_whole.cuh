@@ -25,16 +25,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
   const WholeLane<kPlanar> lane = whole_lane<kPlanar>(a.tiling);
   const auto spot = [&](int k) { return spot_of<kWide>(a.tiling, lane, k); };
-  Kept<T, kOwn> x{{tile}, {}};
-  const auto fetch = [&](int k, auto where) {
-    const Spot s = spot(k);
-    x.template fetch<kWide>(k, where, static_cast<const T*>(a.x) + s.at, a.width, s.n);
-  };
-  in_registers<kOwn>(lane.count, fetch);
-  const int middle = fetch_in_two(kOwn, lane.count, [&](int k) { fetch(k, InShared()); });
+  Kept<T, kOwn> x{static_cast<const T*>(a.x), {tile}, {}};
+  const int middle = keep<kWide>(a, lane, x);
   Moments<S> mine[kLaneChannels<kPlanar>] = {};
   if constexpr (kPlanar) {
-    as_they_come<kOwn>(middle, lane.count, [&](int k, auto where) {
+    as_they_come<kOwn, kAny>(middle, lane.count, [&](int k, auto where) {
       add_pack<kWide>(&mine[0], x.take(k, where), spot(k).n);
     });
   } else {
@@ -58,27 +53,40 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
   meet(a.tiling);
   const Affine<S, kPlanar> affine(a, lane, 0);
-  const auto apply = [&](int k0, auto packs, auto where) {
+  const auto residual_at = [&](int k) -> Pack<S> {
+    if (k >= lane.count) return {};
+    const Spot s = spot(k);
+    return residual_of<T, kWide>(a, s.at, s.n);
+  };
+  const auto apply = [&](int k, auto where, const Pack<S>& residual) {
+    const Spot s = spot(k);
+    apply_forward<T, kPlanar, kWide, kAny>(a, affine, x.take(k, where), residual, s.at, s.byte,
+                                           s.n);
+  };
+  if constexpr (kAny) {
+    Pack<S> residual = residual_at(0);
+#pragma unroll 1
+    for (int k = 0; k < lane.count; ++k) {
+      const Pack<S> next = residual_at(k + 1);
+      apply(k, Anywhere(), residual);
+      residual = next;
+    }
+    return;
+  }
+  const auto batch = [&](int k0, auto packs, auto where) {
     constexpr int kCount = decltype(packs)::value;  // whose residuals a thread waits for together
     Pack<S> residual[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (k0 + j >= lane.count) break;
-      const Spot s = spot(k0 + j);
-      residual[j] = residual_of<T, kWide>(a, s.at, s.n);
-    }
+    for (int j = 0; j < kCount; ++j) residual[j] = residual_at(k0 + j);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      if (k0 + j >= lane.count) break;
-      const Spot s = spot(k0 + j);
-      apply_forward<T, kPlanar, kWide, kAny>(a, affine, x.take(k0 + j, where), residual[j], s.at,
-                                             s.byte, s.n);
+      if (k0 + j < lane.count) apply(k0 + j, where, residual[j]);
     }
   };
-  apply(0, std::integral_constant<int, kOwn>(), InRegisters());
+  batch(0, std::integral_constant<int, kOwn>(), InRegisters());
   constexpr int kAtOnce = 4;
   for (int k = kOwn; k < lane.count; k += kAtOnce) {
-    apply(k, std::integral_constant<int, kAtOnce>(), InShared());
+    batch(k, std::integral_constant<int, kAtOnce>(), InShared());
   }
 }
 
@@ -97,15 +105,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   FUSEDRES_SHARED(S, scale, kBlockChannels);
   const WholeLane<kPlanar> lane = whole_lane<kPlanar>(a.tiling);
   const auto spot = [&](int k) { return spot_of<kWide>(a.tiling, lane, k); };
-  Kept<T, kOwn> x{{tile}, {}};
-  Kept<T, kOwn> dy{{tile + shared_packs(a.tiling, kOwn) * Held<T>::kWords * kThreads}, {}};
-  const auto fetch = [&](int k, auto where) {
-    const Spot s = spot(k);
-    x.template fetch<kWide>(k, where, static_cast<const T*>(a.x) + s.at, a.width, s.n);
-    dy.template fetch<kWide>(k, where, static_cast<const T*>(a.dy) + s.at, a.width, s.n);
-  };
-  in_registers<kOwn>(lane.count, fetch);
-  const int middle = fetch_in_two(kOwn, lane.count, [&](int k) { fetch(k, InShared()); });
+  uint4* const tile_of_dy = tile + shared_packs(a.tiling, kOwn) * Held<T>::kWords * kThreads;
+  Kept<T, kOwn> x{static_cast<const T*>(a.x), {tile}, {}};
+  Kept<T, kOwn> dy{static_cast<const T*>(a.dy), {tile_of_dy}, {}};
+  const int middle = keep<kWide>(a, lane, x, dy);
   const int64_t channel = lane.channel0 + threadIdx.x;
   if (static_cast<int>(threadIdx.x) < a.tiling.tx * kChannels && channel < f.c) {
     scale[threadIdx.x] = scale_of(f, channel, static_cast<const S*>(f.given2)[channel]);
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return gradient_at_z<T, kPlanar, kWide, kAny>(a, affine, dy_k, x_k, s.at, s.byte, s.n);
   };
   Sums<S> mine[kPack] = {};
-  as_they_come<kOwn>(middle, lane.count, [&](int k, auto where) {
+  as_they_come<kOwn, kAny>(middle, lane.count, [&](int k, auto where) {
     const Spot s = spot(k);
     const Pack<S> x_k = x.take(k, where);
     const Pack<S> u = gradient(s, x_k, dy.take(k, where));
@@ -141,6 +144,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Pack<S> u = gradient(s, x_k, dy.take(k, where));
     apply_backward<T, kPlanar, kWide>(a, affine, map, has_q, has_q, u, x_k, s.at, s.n);
   };
+  if constexpr (kAny) {
+#pragma unroll 1
+    for (int k = 0; k < lane.count; ++k) apply(k, Anywhere());
+    return;
+  }
   in_registers<kOwn>(lane.count, apply);
   for (int k = kOwn; k < lane.count; ++k) apply(k, InShared());
 }

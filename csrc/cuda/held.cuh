@@ -36,53 +36,67 @@ struct Held {
   static constexpr int kWords = RawPack<T>::kWords;
   uint4* at;
 
-  // Asks for the k-th pack, which is there once this thread has waited for its copies. One that is
-  // not aligned comes through registers.
-  template <bool kWide = true>
-  __device__ __forceinline__ void fetch(int k, const T* from, int width = 16, int n = kPack) const {
-    const RawPack<T> raw = kWide ? RawPack<T>{} : RawPack<T>::template read<false>(from, width, n);
+  __device__ __forceinline__ uint4* word(int k, int w) const {
+    return &at[(k * kWords + w) * kThreads + threadIdx.x];
+  }
+  // Asks for the k-th pack, which is there once this thread has waited for its copies.
+  __device__ __forceinline__ void fetch(int k, const T* from) const {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      uint4* const to = &at[(k * kWords + w) * kThreads + threadIdx.x];
-      if constexpr (kWide) {
-        copy_async(to, reinterpret_cast<const uint4*>(from) + w, true);
-      } else {
-        *to = raw.words[w];
-      }
+      copy_async(word(k, w), reinterpret_cast<const uint4*>(from) + w, true);
     }
+  }
+  __device__ __forceinline__ void put(int k, const RawPack<T>& raw) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) *word(k, w) = raw.words[w];
   }
   __device__ __forceinline__ Pack<acc_of<T>> take(int k) const {
     RawPack<T> raw;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      raw.words[w] = at[(k * kWords + w) * kThreads + threadIdx.x];
-    }
+    for (int w = 0; w < kWords; ++w) raw.words[w] = *word(k, w);
     return raw.unpacked();
   }
 };
 
-using InRegisters = std::true_type;
-using InShared = std::false_type;
+struct InRegisters {};  // of a k that the compiler knows
+struct InShared {};
+struct Anywhere {};
 
-// The first kOwn packs in registers, whose k the compiler knows; the others in shared memory.
+// A thread's packs of a tensor: the first kOwn in registers, the others in shared memory.
 template <typename T, int kOwn>
 struct Kept {
+  const T* from;
   Held<T> others;
   RawPack<T> own[kOwn];
 
-  template <bool kWide>
-  __device__ __forceinline__ void fetch(int k, InRegisters, const T* from, int width, int n) {
-    own[k] = RawPack<T>::template read<kWide>(from, width, n);
-  }
-  template <bool kWide>
-  __device__ __forceinline__ void fetch(int k, InShared, const T* from, int width, int n) {
-    others.template fetch<kWide>(k - kOwn, from, width, n);
+  // Those in shared memory, which read(k) brings through registers, some of them together.
+  template <typename Read>
+  __device__ __forceinline__ void fill(int count, Read read) const {
+    constexpr int kAtOnce = 4;
+    for (int k = kOwn; k < count; k += kAtOnce) {
+      RawPack<T> raw[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (k + j < count) raw[j] = read(k + j);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (k + j < count) others.put(k + j - kOwn, raw[j]);
+      }
+    }
   }
   __device__ __forceinline__ Pack<acc_of<T>> take(int k, InRegisters) const {
     return own[k].unpacked();
   }
   __device__ __forceinline__ Pack<acc_of<T>> take(int k, InShared) const {
     return others.take(k - kOwn);
+  }
+  __device__ __forceinline__ Pack<acc_of<T>> take(int k, Anywhere) const {
+    if (k >= kOwn) return others.take(k - kOwn);
+    RawPack<T> raw = own[0];
+#pragma unroll
+    for (int j = 1; j < kOwn; ++j) raw = k == j ? own[j] : raw;
+    return raw.unpacked();
   }
 };
 
@@ -107,9 +121,19 @@ __device__ __forceinline__ void in_registers(int count, F f) {
   }
 }
 
-// f(k, where it is) for all of a thread's packs, as fetch_in_two's groups come.
-template <int kOwn, typename F>
+// f(k, where it is) for all of a thread's packs, as fetch_in_two's groups come. kOnce: compiles f,
+// where it is long, once for all of them.
+template <int kOwn, bool kOnce, typename F>
 __device__ __forceinline__ void as_they_come(int middle, int count, F f) {
+  if constexpr (kOnce) {
+    copy_async_wait<1>();
+#pragma unroll 1
+    for (int k = 0; k < count; ++k) {
+      if (k == middle) copy_async_wait<0>();
+      f(k, Anywhere());
+    }
+    return;
+  }
   in_registers<kOwn>(count, f);
   copy_async_wait<1>();
   for (int k = kOwn; k < middle; ++k) f(k, InShared());

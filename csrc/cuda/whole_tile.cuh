@@ -81,6 +81,39 @@ __device__ __forceinline__ Spot spot_of(const Tiling& t, const WholeLane<kPlanar
           kWide || left > kPack ? kPack : static_cast<int>(left)};
 }
 
+// Brings the lane's packs of tensors to where it keeps them. They come by asynchronous copies where
+// they are aligned; returns where the second group of those begins.
+template <bool kWide, bool kPlanar, typename T, int kOwn, typename... Others>
+__device__ __forceinline__ int keep(const StreamParams& a, const WholeLane<kPlanar>& lane,
+                                    Kept<T, kOwn>& x, Others&... others) {
+  const auto read = [&](const T* from, int k) {
+    const Spot s = spot_of<kWide>(a.tiling, lane, k);
+    return RawPack<T>::template read<kWide>(from + s.at, a.width, s.n);
+  };
+  const auto fill = [&](const Kept<T, kOwn>& kept) {
+    kept.fill(lane.count, [&](int k) { return read(kept.from, k); });
+  };
+  const auto fetch = [&](const Kept<T, kOwn>& kept, int k, int64_t at) {
+    kept.others.fetch(k - kOwn, kept.from + at);
+  };
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (k >= lane.count) break;
+    x.own[k] = read(x.from, k);
+    ((others.own[k] = read(others.from, k)), ...);
+  }
+  if constexpr (!kWide) {
+    fill(x);
+    (fill(others), ...);
+    return kOwn;
+  }
+  return fetch_in_two(kOwn, lane.count, [&](int k) {
+    const int64_t at = spot_of<kWide>(a.tiling, lane, k).at;
+    fetch(x, k, at);
+    (fetch(others, k, at), ...);
+  });
+}
+
 // NCHW: merges the ty threads that share a channel, in a fixed order; the first has the result.
 template <typename V>
 __device__ __forceinline__ void merge_channel(const Tiling& t, const Lane& lane, V* mine) {
