@@ -116,12 +116,14 @@ def test_convolutions_on_hopper(case, tile, dtype):
 # --- what only a device can show
 
 
-@pytest.mark.parametrize("name,shape,launches", [
-    ("bn_act", (2, 64, 28, 28), 1), ("squeeze_excite", (2, 64, 14, 14), 1),
-    ("bn_act", (64, 256, 56, 56), 3), ("residual_mix", (2, 64, 14, 14), 1),
+@pytest.mark.parametrize("name,layout,shape,launches", [
+    ("bn_act", "NHWC", (2, 64, 28, 28), 1), ("bn_act", "NHWC", (64, 256, 56, 56), 3),
+    ("bn_act", "NCHW", (64, 30, 28, 28), 1), ("bn_act", "NCHW", (2, 512, 7, 7), 1),
+    ("bn_act", "NCHW", (64, 256, 56, 56), 3), ("squeeze_excite", "NHWC", (2, 64, 14, 14), 1),
+    ("residual_mix", "NHWC", (2, 64, 14, 14), 1),
 ])  # fmt: skip
-def test_what_fits_on_the_chip_is_one_launch(name, shape, launches):
-    tensors = to(DEVICE, OPS[name].tensors_of(shape, "NHWC", torch.bfloat16))
+def test_what_fits_on_the_chip_is_one_launch(name, layout, shape, launches):
+    tensors = to(DEVICE, OPS[name].tensors_of(shape, layout, torch.bfloat16))
     with torch.no_grad():
         OPS[name].fused()(**tensors)  # the running statistics are updated by PyTorch
         before = native.cuda_launches()
