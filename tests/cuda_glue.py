@@ -67,7 +67,7 @@ def built() -> Path:
 def simulated() -> ctypes.CDLL:
     """The simulator in the library."""
     simulator = ctypes.CDLL(str(built()))
-    simulator.sim_set_device(4, 227 * 1024, 9, 8)
+    simulator.sim_set_device(4, 227 * 1024, 9, 8, 8)
     return simulator
 
 

@@ -244,6 +244,7 @@ class Machine:
     shared_bytes: int = 227 * 1024
     major: int = 9
     blocks_of_sm: int = 8  # as many of 256 threads as registers allow
+    cluster_sms: int = 8  # among which the blocks of a cluster can be
 
 
 _machine = Machine()

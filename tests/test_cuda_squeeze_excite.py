@@ -98,6 +98,20 @@ def test_one_launch_asked_for_where_it_does_not_fit():
     assert launched == ONE
 
 
+@pytest.mark.parametrize("neighbours,kib,blocks", [
+    (8, 227, 8), (5, 227, 4), (1, 227, 1), (2, 48, 2), (1, 48, 0),
+])  # fmt: skip
+def test_a_cluster_that_the_device_cannot_run(neighbours, kib, blocks):
+    """A smaller one takes its place, or the streaming passes where that does not hold an image."""
+    tensors = se.tensors_of((1, 64, 16, 16), "NHWC", torch.float32, squeezed=4)
+    machine = dict(sms=8, blocks_of_sm=1, cluster_sms=neighbours, shared_bytes=kib * 1024)
+    with cuda_on_host(**machine) as launched:
+        se.check_against_reference(tensors)
+    assert launched == (ONE + ONE_BACKWARD if blocks else STREAMING + STREAMING_BACKWARD)
+    if blocks:
+        assert cuda_host.clusters == [blocks, blocks, 1]
+
+
 def test_what_decides():
     """The layout, the size of the weights, and what the device can hold."""
     one, streaming = ONE + ONE_BACKWARD, STREAMING + STREAMING_BACKWARD

@@ -70,6 +70,35 @@ inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
                               most - static_cast<int>(has.sharedSizeBytes));
 }
 
+// A shape as the runtime takes it.
+class LaunchConfig {
+ public:
+  LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
+    value.gridDim =
+        dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
+    value.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    value.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+    value.stream = stream;
+    value.attrs = attributes_;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute* const cluster = &attributes_[value.numAttrs++];
+      cluster->id = cudaLaunchAttributeClusterDimension;
+      cluster->val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+      cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+      cudaLaunchAttribute* const cooperative = &attributes_[value.numAttrs++];
+      cooperative->id = cudaLaunchAttributeCooperative;
+      cooperative->val.cooperative = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // the config points into it
+  cudaLaunchConfig_t value{};
+
+ private:
+  cudaLaunchAttribute attributes_[2];
+};
+
 // Starts kernel(args...).
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
@@ -78,26 +107,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   const cudaError_t refused =
       allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   if (refused != cudaSuccess) return refused;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  if (shape.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    attributes[config.numAttrs].val.clusterDim.y = 1;
-    attributes[config.numAttrs].val.clusterDim.z = 1;
-    ++config.numAttrs;
-  }
-  if (shape.cooperative) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs].val.cooperative = 1;
-    ++config.numAttrs;
-  }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  const LaunchConfig config(shape, stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config.value, kernel, args...);
   if (error == cudaSuccess) ++launched_by_thread;
   return error;
 }
@@ -135,6 +146,23 @@ inline cudaError_t resident_blocks(const void* kernel, int64_t shared_bytes, con
                                                           static_cast<size_t>(shared_bytes));
   }
   *blocks = static_cast<int64_t>(of_sm) * device.sms;
+  return error;
+}
+
+// Whether the device can run a cluster of this shape: its blocks go to SMs of one neighbourhood, of
+// which a part of a GPU (MIG) may have fewer.
+inline cudaError_t can_run_cluster(const void* kernel, const LaunchShape& shape, bool* can) {
+  int clusters = 0;
+  cudaError_t error = allow_shared(kernel, shape.shared_bytes);
+  if (error == cudaSuccess) {
+    const LaunchConfig config(shape, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.value);
+  }
+  if (error == cudaErrorInvalidClusterSize) {
+    error = cudaSuccess;
+    cudaGetLastError();  // or the next caller of CUDA would be told of it
+  }
+  *can = clusters > 0;
   return error;
 }
 

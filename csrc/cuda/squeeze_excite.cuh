@@ -154,24 +154,33 @@ cudaError_t launch_image_sums(const ImageSumsParams& p, cudaStream_t stream) {
   return launch(se_image_sums_kernel<S>, {cdiv(p.n * p.c, kThreads)}, stream, p);
 }
 
-// Whether a cluster is to hold `held` tensors of an image, and its arrays; then *m says how. Where
+// Whether a cluster is to hold `held` tensors of an image, and its arrays; then *m says how. A
+// smaller cluster takes the place of one that the device cannot run. Where
 // the weights are more traffic from the L2 cache than x is from memory (stage 4), the streaming
 // passes read them for eight images at a time. The factor is not measured.
 template <typename T>
 cudaError_t choose_cluster(const SqueezeExciteParams& p, const StreamParams& a, int held,
-                           int64_t (*arrays)(const SeClusterParams&), SeClusterParams* m,
-                           int64_t* shared_bytes) {
+                           SeClusterKernel kernel, int64_t (*arrays)(const SeClusterParams&),
+                           SeClusterParams* m, int64_t* shared_bytes) {
   *m = {p.n, p.c, p.hw, p.r};
   m->held = held;
   if (p.variant == static_cast<int>(SeVariant::kStreaming)) return cudaSuccess;
   Device device;
-  const cudaError_t error = read_device(&device);
+  cudaError_t error = read_device(&device);
   if (error != cudaSuccess) return error;
   const bool wanted = p.variant == static_cast<int>(SeVariant::kCluster);
   const int64_t weights = 2 * p.c * p.r * static_cast<int64_t>(sizeof(float));
   const int64_t image = p.c * p.hw * static_cast<int64_t>(sizeof(T));
-  if (wanted || weights <= 2 * image) {
-    se_cluster_split(a, device, static_cast<int>(sizeof(T)), arrays, m, shared_bytes);
+  int most = device.major >= 9 ? 8 : 1;
+  if (!wanted && weights > 2 * image) most = 0;
+  for (; most > 0; most = m->cluster / 2) {
+    se_cluster_split(a, device, most, static_cast<int>(sizeof(T)), arrays, m, shared_bytes);
+    if (m->cluster <= 1) break;
+    bool can = false;
+    error = can_run_cluster(reinterpret_cast<const void*>(kernel),
+                            se_cluster_shape(*m, *shared_bytes), &can);
+    if (error != cudaSuccess) return error;
+    if (can) break;
   }
   if (wanted && m->cluster == 0) return cudaErrorNotSupported;
   m->w1 = p.w1;
@@ -195,12 +204,11 @@ cudaError_t squeeze_excite_forward(const SqueezeExciteParams& p, cudaStream_t st
   a.part2 = scratch.part2;
   SeClusterParams m;
   int64_t shared_bytes = 0;
-  cudaError_t error = choose_cluster<T>(p, a, 1, SeArrays<S>::bytes, &m, &shared_bytes);
-  if constexpr (sizeof(T) < 8) {
-    if (error == cudaSuccess && m.cluster > 0) {
-      a.out = p.y;
-      return launch_se_cluster<T>(a, m, shared_bytes, stream);
-    }
+  const SeClusterKernel kernel = se_forward_kernel<T>(a);
+  cudaError_t error = choose_cluster<T>(p, a, 1, kernel, SeArrays<S>::bytes, &m, &shared_bytes);
+  if (error == cudaSuccess && m.cluster > 0) {
+    a.out = p.y;
+    return launch(kernel, se_cluster_shape(m, shared_bytes), stream, a, m);
   }
   if (error == cudaSuccess) error = stream_stats<T>(a, stream);
   ImageSumsParams sums{p.n, p.c, a.tiling.parts() / p.n, scratch.part1};
@@ -226,16 +234,16 @@ cudaError_t squeeze_excite_backward(const SqueezeExciteParams& p, cudaStream_t s
   SeClusterParams m;
   int64_t shared_bytes = 0;
   const int held = finds_z(a) ? 2 : 1;
-  cudaError_t error = choose_cluster<T>(p, a, held, SeBackwardArrays<S>::bytes, &m, &shared_bytes);
+  const SeClusterKernel kernel = se_backward_kernel<T>(a);
+  cudaError_t error =
+      choose_cluster<T>(p, a, held, kernel, SeBackwardArrays<S>::bytes, &m, &shared_bytes);
   if (error != cudaSuccess) return error;
-  if constexpr (sizeof(T) < 8) {
-    if (m.cluster > 0) {
-      m.dlogits = scratch.dlogits;
-      m.dhidden = scratch.dhidden;
-      error = launch_se_backward_cluster<T>(a, m, shared_bytes, stream);
-      if (error != cudaSuccess) return error;
-      return mlp_weight_gradients<S>(se_mlp_params(p, scratch), stream);
-    }
+  if (m.cluster > 0) {
+    m.dlogits = scratch.dlogits;
+    m.dhidden = scratch.dhidden;
+    error = launch(kernel, se_cluster_shape(m, shared_bytes), stream, a, m);
+    if (error != cudaSuccess) return error;
+    return mlp_weight_gradients<S>(se_mlp_params(p, scratch), stream);
   }
   a.scale = scratch.gates;
   const GatesParams gates{p.n * p.c, p.logits, scratch.gates, p.gate};

@@ -169,16 +169,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// How a cluster holds an image: `cluster` is 0 where none can. The smallest that fits, and more
-// while there are SMs without an image. arrays: bytes of what lies behind a block's tile.
-inline void se_cluster_split(const StreamParams& a, const Device& device, int size,
+// How a cluster of up to `most` blocks holds an image: `cluster` is 0 where none can. The smallest
+// that fits, and more while there are SMs without an image. arrays: bytes of what lies behind a
+// block's tile.
+inline void se_cluster_split(const StreamParams& a, const Device& device, int most, int size,
                              int64_t (*arrays)(const SeClusterParams&), SeClusterParams* m,
                              int64_t* shared_bytes) {
   m->cluster = 0;
   if (a.tiling.planar || !is_wide(a) || size == 8 || a.tiling.packs > kThreads) return;
   m->tx = static_cast<int>(a.tiling.packs);
   m->ty = kThreads / m->tx;
-  for (int blocks = 1; blocks <= (device.major >= 9 ? 8 : 1); blocks *= 2) {
+  for (int blocks = 1; blocks <= most; blocks *= 2) {
     const int64_t rows = cdiv(m->hw, blocks);
     const int64_t each = cdiv(rows, m->ty);
     const int64_t bytes = m->held * each * kPack * size * kThreads + arrays(*m);
@@ -191,15 +192,23 @@ inline void se_cluster_split(const StreamParams& a, const Device& device, int si
   }
 }
 
-template <typename T>
-cudaError_t launch_se_cluster(const StreamParams& a, const SeClusterParams& m, int64_t shared_bytes,
-                              cudaStream_t stream) {
+inline LaunchShape se_cluster_shape(const SeClusterParams& m, int64_t shared_bytes) {
   LaunchShape shape{m.n * m.cluster};
   shape.shared_bytes = shared_bytes;
   shape.cluster = m.cluster;
-  const auto kernel =
-      needs_any(a.act) ? se_fwd_cluster_kernel<T, true> : se_fwd_cluster_kernel<T, false>;
-  return launch(kernel, shape, stream, a, m);
+  return shape;
+}
+
+using SeClusterKernel = void (*)(StreamParams, SeClusterParams);
+
+// None for float64, of which no cluster holds an image.
+template <typename T>
+SeClusterKernel se_forward_kernel(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return needs_any(a.act) ? se_fwd_cluster_kernel<T, true> : se_fwd_cluster_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
 }
 
 }  // namespace cuda

@@ -203,13 +203,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T>
-cudaError_t launch_se_backward_cluster(const StreamParams& a, const SeClusterParams& m,
-                                       int64_t shared_bytes, cudaStream_t stream) {
-  LaunchShape shape{m.n * m.cluster};
-  shape.shared_bytes = shared_bytes;
-  shape.cluster = m.cluster;
-  const auto kernel = finds_z(a) ? se_bwd_cluster_kernel<T, true> : se_bwd_cluster_kernel<T, false>;
-  return launch(kernel, shape, stream, a, m);
+SeClusterKernel se_backward_kernel(const StreamParams& a) {
+  if constexpr (sizeof(T) < 8) {
+    return finds_z(a) ? se_bwd_cluster_kernel<T, true> : se_bwd_cluster_kernel<T, false>;
+  } else {
+    return nullptr;
+  }
 }
 
 }  // namespace cuda

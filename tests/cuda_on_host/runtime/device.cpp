@@ -54,6 +54,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "too many blocks in cooperative launch";
     case cudaErrorNotSupported:
       return "operation not supported";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
     default:
       return "unknown error";
   }
@@ -68,6 +70,8 @@ cudaError_t occupancy_of(int* blocks, const void*, int threads, size_t shared_by
   return cudaSuccess;
 }
 
+cudaError_t cudaGetLastError() { return cudaSuccess; }  // no call of the simulator sets one
+
 extern "C" {
 
 void sim_set_order(int order, unsigned long long seed) {
@@ -75,11 +79,12 @@ void sim_set_order(int order, unsigned long long seed) {
   sim::state.random.seed(seed);
 }
 
-void sim_set_device(int sms, int shared_limit, int major, int blocks_of_sm) {
+void sim_set_device(int sms, int shared_limit, int major, int blocks_of_sm, int cluster_sms) {
   sim::state.sms = sms;
   sim::state.shared_limit = shared_limit;
   sim::state.major = major;
   sim::state.blocks_of_sm = blocks_of_sm;
+  sim::state.cluster_sms = cluster_sms;
 }
 
 const char* sim_error_string(int code) {

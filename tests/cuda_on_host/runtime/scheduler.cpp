@@ -157,6 +157,9 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, const At
   const bool set = limit != state.shared_limits.end();
   const size_t allowed = set ? static_cast<size_t>(limit->second) : kDefaultShared;
   if (config.dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
+  int clusters = 1;
+  if (cluster > 1) cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (clusters == 0) return cudaErrorInvalidClusterSize;
   if (!a.cooperative) return cudaSuccess;
   int resident = 0;
   occupancy_of(&resident, kernel, static_cast<int>(threads), config.dynamicSmemBytes);
@@ -265,3 +268,14 @@ bool Site::operator==(const Site& other) const {
 }
 
 }  // namespace sim
+
+// By the shared memory and the registers of the SMs that a cluster can spread over.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const auto cluster = static_cast<int>(sim::volume(sim::attributes_of(*config).cluster));
+  int of_sm = 0;
+  const auto threads = static_cast<int>(sim::volume(config->blockDim));
+  const cudaError_t error = occupancy_of(&of_sm, kernel, threads, config->dynamicSmemBytes);
+  *clusters = of_sm * sim::state.cluster_sms / cluster;
+  return error;
+}

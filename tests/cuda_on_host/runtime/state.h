@@ -154,6 +154,7 @@ struct State {
   std::mt19937_64 random;
   int sms = 4, shared_limit = 227 * 1024, major = 9;
   int blocks_of_sm = 8;  // of 256 threads, by their registers
+  int cluster_sms = 8;   // among which the blocks of a cluster can be
 };
 extern State state;
 

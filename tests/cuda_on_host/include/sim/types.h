@@ -41,6 +41,7 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorInvalidClusterSize = 912,
   cudaErrorNotSupported = 801,
   cudaErrorUnknown = 999,
 };
