@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                             const __grid_constant__ FinalizeParams f) {
   using S = acc_of<T>;
   constexpr int kOwn = kOwnPacks<T, 1>;
+  constexpr bool kPadded = kPlanar && !kWide;
   FUSEDRES_DYNAMIC_SHARED(uint4, tile);
   const WholeLane<kPlanar> lane = whole_lane<kPlanar>(a.tiling);
   const auto spot = [&](int k) { return spot_of<kWide>(a.tiling, lane, k); };
@@ -45,10 +46,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   write_parts(a, lane, mine, static_cast<S>(lane.count));
   meet(a.tiling);
   for_own_channels(a.tiling, lane, [&](int64_t channel) {
-    const double shift = part_mean<S>(f, channel, 0);
+    const double shift = part_mean<S, kPadded>(f, channel, 0);
     double off = 0, square = 0;
-    warp_parts(f, &off, &square,
-               [&](int64_t part) { add_moments<S>(f, channel, part, shift, &off, &square); });
+    warp_parts(f, &off, &square, [&](int64_t part) {
+      add_moments<S, kPadded>(f, channel, part, shift, &off, &square);
+    });
     if (threadIdx.x % 32 == 0) set_statistics<S>(f, channel, shift, off, square);
   });
   meet(a.tiling);

@@ -9,7 +9,7 @@ namespace cuda {
 struct FinalizeParams {
   int64_t c, parts;
   int64_t part_length, run_length, parts_of_run;  // values: parts of a run are equal but the last
-  int64_t period, padding;  // the last `padding` of every `period` values of a run are none
+  int64_t period, padding;  // kPadded: the last `padding` of every `period` values are none
   double count;             // values of a channel
   double eps;
   const void* part1;   // acc_t [parts, C]
@@ -61,30 +61,31 @@ __device__ __forceinline__ S scale_of(const FinalizeParams& f, int64_t channel, 
 }
 
 // Values of a part.
+template <bool kPadded>
 __device__ __forceinline__ double part_count(const FinalizeParams& f, int64_t part) {
   const int64_t begin = (part - quotient(part, f.parts_of_run) * f.parts_of_run) * f.part_length;
   const int64_t left = f.run_length - begin;
   int64_t values = left < f.part_length ? left : f.part_length;
-  if (f.padding > 0) {
+  if (kPadded) {
     values -= f.padding * (quotient(begin + values, f.period) - quotient(begin, f.period));
   }
   return static_cast<double>(values);
 }
 
 // The mean of a channel's values in a part.
-template <typename S>
+template <typename S, bool kPadded = false>
 __device__ __forceinline__ double part_mean(const FinalizeParams& f, int64_t channel,
                                             int64_t part) {
   const double sum = static_cast<double>(static_cast<const S*>(f.part1)[part * f.c + channel]);
-  return sum / part_count(f, part);
+  return sum / part_count<kPadded>(f, part);
 }
 
 // Adds a part's deviations from a shift: of its values, and of their squares.
-template <typename S>
+template <typename S, bool kPadded = false>
 __device__ __forceinline__ void add_moments(const FinalizeParams& f, int64_t channel, int64_t part,
                                             double shift, double* off, double* square) {
-  const double n = part_count(f, part);
-  const double d = part_mean<S>(f, channel, part) - shift;
+  const double n = part_count<kPadded>(f, part);
+  const double d = part_mean<S, kPadded>(f, channel, part) - shift;
   *off += n * d;
   *square += static_cast<double>(static_cast<const S*>(f.part2)[part * f.c + channel]) + n * d * d;
 }
