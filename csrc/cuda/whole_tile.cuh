@@ -1,9 +1,9 @@
 // How one launch of bn_act cuts a tensor that fits on the chip: a block keeps a tile of rows and
 // channels, a thread some rows of its own channels.
 //
-//   NHWC  as the streaming passes do (stream.cuh): a row is a pixel, a thread has a pack of
-//   channels. NCHW  a row is a pack of pixels: those of a channel, image by image. ty threads share
-//   a
+//   NHWC  As the streaming passes do (stream.cuh): a row is a pixel, and a thread has a pack of its
+//         channels.
+//   NCHW  A row is a pack of pixels: those of a channel, image by image. ty threads share a
 //         channel, and take its packs in turns; a block has tx channels. So any number of images
 //         and pixels fills the threads, and a thread has one set of coefficients.
 //
@@ -19,7 +19,7 @@
 namespace fusedres {
 namespace cuda {
 
-// Packs of each of kTensors that a thread keeps in registers: 32 bytes, of 64 ptxas spills.
+// Packs of each of kTensors that a thread keeps in registers: 32 bytes, of 64 ptxas spills (NHWC).
 template <typename T, int kTensors>
 constexpr int kOwnPacks = kTensors * sizeof(T) > 4 ? 1 : 4 / (kTensors * sizeof(T));
 
