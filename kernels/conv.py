@@ -92,7 +92,7 @@ class Conv:
         return fits and target_has_tma(x.device) and self.weight.data_ptr() % 16 == 0
 
     def flags(self, way: Way) -> dict[str, object]:
-        """The constexpr arguments of both convolution kernels."""
+        """The constexpr arguments that the convolutions' kernels share."""
         k = way.k * 2 // self.x.element_size()
         return {
             "KH": self.taps[0],

@@ -25,6 +25,7 @@ class Rival:
 RIVALS = Rival("native"), Rival("triton")  # the default first
 
 _known: dict[tuple, tuple[str, str | None]] = {}  # by call: a string for each costs microseconds
+MOST_KNOWN = 4096  # for inputs whose size never repeats
 
 
 def faster(
@@ -40,6 +41,8 @@ def faster(
         return _known[call]
     found = _measured(key(op, args), {"native": native, "triton": triton}, device, args)
     if found[1] is not None or not tuning_asked():
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
         _known[call] = found
     return found
 

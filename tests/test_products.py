@@ -56,3 +56,64 @@ def test_under_autocast():
         assert linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
         layer(x).float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32
+
+
+class Wrapped(torch.Tensor):
+    """As a quantised weight: it knows ``linear`` and little else."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.inner = weight
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is plain:
+            return func(*(a.inner if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+def networks():
+    encoder = fusedres.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    mlp = fusedres.DenselyConnectedMLP(8, 4, 8, 2)
+    return (encoder, encoder.linear1, randn((2, 3, 8))), (mlp, mlp.output, randn((6, 8)))
+
+
+def test_a_weight_that_is_no_plain_tensor_is_its_own():
+    for dtype in (torch.float32, torch.bfloat16):
+        for model, layer, x in networks():
+            model.to(dtype)
+            wanted = model(x.to(dtype))
+            layer.weight = torch.nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
+            torch.testing.assert_close(model(x.to(dtype)), wanted)
+
+
+def test_a_layer_of_another_dtype_is_refused_as_by_pytorch():
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        for model, layer, x in networks():
+            model.to(dtype), layer.to(other)
+            with pytest.raises(RuntimeError, match="must have the same dtype"):
+                model(x.to(dtype))
+
+
+def test_a_forward_replaced_on_the_class_is_called(monkeypatch):
+    forward, calls = torch.nn.Linear.forward, []
+
+    def counting(self, x):
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+    for dtype in (torch.float32, torch.bfloat16):
+        for model, layer, x in networks():
+            calls.clear()
+            model.to(dtype)(x.to(dtype))
+            assert layer in calls

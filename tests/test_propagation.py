@@ -85,6 +85,22 @@ def test_a_dense_block_concatenates(kind):
     assert found.runs == () and "norms only" in str(found)
 
 
+def test_a_dense_block_that_no_gradient_reaches():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = PreActBlock(8), fusedres.DenseBlock(2, 8, 2, 4, 0.0)
+            self.script = torch.jit.script(nn.ReLU())
+
+        def forward(self, x):
+            return self.used(x), self.unused(self.script(x))
+
+    found = fusedres.propagation(Heads(), randn((2, 8, 5, 5)), loss=lambda r: r[0].sum())
+    used, unused = found.blocks
+    assert (used.kind, unused.kind) == ("identity", "concatenation")
+    assert unused.f > 0 and unused.dx == 0 and unused.df is None
+
+
 def test_what_comes_between_blocks_ends_a_run():
     model = nn.Sequential(PreActBlock(4), nn.ReLU(), PreActBlock(4))
     found = fusedres.propagation(model, randn((2, 4, 5, 5)))

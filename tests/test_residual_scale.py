@@ -183,8 +183,30 @@ def test_bad_input(make, error, message):
     with Unchanged(scaling), pytest.raises(ValueError, match="weight: wanted shape"):
         scaling(randn(X), randn(X))
     tokens = fusedres.ResidualScale(5, dim=-1)
+    with pytest.raises(ValueError, match=r"scale: wanted shape \(2,\), got \(3,\)"):
+        tokens(randn((2, 3, 5)), randn((2, 3, 5)), torch.ones(3))
     with pytest.raises(ValueError, match=r"x: wanted shape \(2, 3, 5\), got \(2, 4, 5\)"):
         tokens(randn((2, 3, 5)), randn((2, 4, 5)))
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_traces_keep_the_scale(dim):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaling = fusedres.ResidualScale(6, init=0.3, dim=dim)
+
+        def forward(self, branch, x, scale):
+            return self.scaling(branch, x, scale)
+
+    def inputs(n: int, tokens: int):
+        shape = (n, 6, tokens) if dim == 1 else (n, tokens, 6)
+        return randn(shape), randn(shape), torch.rand(n)
+
+    adds = Adds()
+    for traced in (torch.fx.symbolic_trace(adds), torch.jit.trace(adds, inputs(2, 3))):
+        other = inputs(4, 5)
+        torch.testing.assert_close(traced(*other), adds(*other))
 
 
 def test_a_tangent_goes_through_a_frozen_block():

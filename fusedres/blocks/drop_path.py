@@ -132,11 +132,11 @@ def set_shortcut(
     if not isinstance(residual_scale, ResidualScale | None):
         kind = type(residual_scale).__name__
         raise TypeError(f"residual_scale: wanted a fusedres.ResidualScale or None, got {kind}")
+    if residual_scale is not None and residual_scale.dim != 1:
+        raise ValueError(f"residual_scale: wanted dim=1 in a block, got {residual_scale.dim}")
     if residual_scale is not None and residual_scale.weight.numel() not in (1, channels):
         found = residual_scale.weight.numel()
         raise ValueError(f"residual_scale: wanted 1 or {channels} channels, got {found}")
-    if residual_scale is not None and residual_scale.dim != 1:
-        raise ValueError(f"residual_scale: wanted dim=1 in a block, got {residual_scale.dim}")
     if not residual and (downsample is not None or drop_path or residual_scale is not None):
         raise ValueError(
             "residual: wanted True with a downsample, drop_path or residual_scale, got False"

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch, observers, reference
 from .. import functional as F
-from ..ops.convolution import upcasts
 from ..ops.define import numel_bytes
 from ..ops.dense_mlp import dense_mlp
-from .products import adds_in_place, linear
-from .recognise import hooked, symbolic
+from .products import adds_in_place, linear, project
+from .recognise import is_linear, symbolic
 from .unit import autocasts, in_autocast
 
 
@@ -54,7 +53,7 @@ class ResidualMLP(nn.Module):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         before = None
         for layer in self.layers:
-            own = not _does_more(layer)
+            own = is_linear(layer)
             branch = linear(x, layer.weight, layer.bias) if own else layer(x)
             shortcut = x if before is None else x + before
             before = x if self.cross_coupled else None
@@ -111,7 +110,7 @@ class DenselyConnectedMLP(nn.Module):
         if symbolic(x):
             return plain_dense(self, x)
         _check_input(x, self.layers[0], self.in_features)
-        if any(_does_more(m) for m in self.layers):
+        if not all(map(is_linear, self.layers)):
             return plain_dense(self, x)
         rows = x.reshape(-1, x.shape[-1])
         operands = [rows]
@@ -119,21 +118,8 @@ class DenselyConnectedMLP(nn.Module):
             operands += [layer.weight, layer.bias]
         if autocasts(rows, self.layers[0].weight):
             operands = [in_autocast(t) for t in operands]
-        y = self._project(self._features(operands))
+        y = project(self.output, dense_mlp(*operands, act=self.act))
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _features(self, operands: list[Tensor | None]) -> Tensor:
-        """``[x, h_1, ..., h_depth]``, in float32 where the CPU has no product in x's dtype."""
-        dtype = operands[0].dtype
-        if torch.compiler.is_compiling() or not upcasts(operands[0]):
-            return dense_mlp(*operands, act=self.act)
-        wide = [None if t is None else t.float() for t in operands]
-        return dense_mlp(*wide, act=self.act).to(dtype)
-
-    def _project(self, y: Tensor) -> Tensor:
-        if _does_more(self.output):
-            return self.output(y)
-        return linear(y, self.output.weight, self.output.bias)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}"
@@ -163,10 +149,6 @@ def _aten_adds(branch: Tensor, shortcut: Tensor) -> bool:
     """
     by_choice = branch.device.type == "cpu" and dispatch.forced_backend() is None
     return by_choice and adds_in_place(branch, shortcut)
-
-
-def _does_more(layer: nn.Module) -> bool:
-    return type(layer) is not nn.Linear or hooked(layer) is not None
 
 
 def _check(act: str, **sizes: int) -> None:

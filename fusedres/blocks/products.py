@@ -12,20 +12,30 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..ops import conv_stats
 from ..ops.convolution import Geometry, upcasts
-from ..ops.define import transformed
+from ..ops.define import PLAIN, transformed
+from .recognise import is_linear
 from .training import NO_PROLOGUE
-from .unit import autocasts
+from .unit import autocasts, in_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``nn.functional.linear`` of a matrix."""
     x, weight, bias = _operands(x, weight, bias)
-    if torch.compiler.is_compiling() or not upcasts(x) or not x.numel():
+    plain = weight.dtype == x.dtype and type(weight) in PLAIN and type(x) in PLAIN
+    if torch.compiler.is_compiling() or not (plain and upcasts(x) and x.numel()):
         return nn.functional.linear(x, weight, bias)
     image = x.reshape(1, len(x), 1, -1).permute(0, 3, 1, 2)
     point = [1, 1], [0, 0], [1, 1], 1
     y = _convolution(image, weight[:, :, None, None], bias, point)
     return y.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` of a layer that may be an nn.Linear: by ``linear`` where that is another way."""
+    reduced = torch.get_autocast_dtype("cpu") if dispatch.autocasts(x) else None
+    if torch.compiler.is_compiling() or not upcasts(x, reduced) or not is_linear(layer):
+        return layer(x)
+    return linear(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
 
 
 def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +59,6 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor | None):
-    dtype = x.dtype
-    if autocasts(x, weight):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not autocasts(x, weight):
+        return x, weight, bias
+    return in_autocast(x), in_autocast(weight), in_autocast(bias)

@@ -65,6 +65,7 @@ class SE:
 # As they were when this library was imported: a forward that is replaced on the class is no less
 # another one than that of a subclass.
 _CONV, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_LINEAR = nn.Linear.forward
 _NORM, _SYNC_NORM = _BatchNorm.forward, nn.SyncBatchNorm.forward
 
 _ACTS: dict[type, str] = {
@@ -147,6 +148,11 @@ def _does_more(conv: nn.Conv2d) -> str | None:
     if kind.forward is not _CONV or kind._conv_forward is not _CONV_FORWARD:
         return f"{kind.__name__} has a forward of its own"
     return hooked(conv)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a call of ``layer`` is ``nn.functional.linear`` and no more."""
+    return type(layer) is nn.Linear and nn.Linear.forward is _LINEAR and hooked(layer) is None
 
 
 def _pair(value: Sequence[int]) -> list[int]:

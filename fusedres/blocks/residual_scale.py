@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import checks, reference
 from .. import functional as F
 from ..ops.define import PLAIN, transformed
-from .recognise import Norm, wants_grad
+from .recognise import Norm, symbolic, wants_grad
 
 # The memory of a gain -> the weight and bias that it was last folded into.
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -56,7 +56,7 @@ class ResidualScale(nn.Module):
             checks.size("channels", channels)
         checks.finite("init", init)
         checks.finite("shortcut", shortcut)
-        if dim not in (1, -1):
+        if type(dim) is not int or dim not in (1, -1):
             raise ValueError(f"dim: wanted 1 or -1, got {dim!r}")
         weight = torch.full((channels or 1,), float(init), device=device, dtype=dtype)
         if learnable:
@@ -75,14 +75,19 @@ class ResidualScale(nn.Module):
             scale: [N], stochastic depth's.
             act: as in ``fusedres.functional.batch_norm_act``.
         """
-        if isinstance(branch, torch.fx.Proxy):
-            return reference.ACTIVATIONS[act](self.of_branch(branch) + x * self.shortcut)
+        if symbolic(branch):  # the number of dimensions may not be known
+            f = self.of_branch(branch)
+            f = f if scale is None else (f.movedim(0, -1) * scale.to(f.dtype)).movedim(-1, 0)
+            return reference.ACTIVATIONS[act](f + x * self.shortcut)
         if self.dim == 1 or branch.dim() <= 2:
             return self._add(branch, x, scale, act)
         if x.shape != branch.shape:
             raise ValueError(f"x: wanted shape {tuple(branch.shape)}, got {tuple(x.shape)}")
         if scale is not None:  # a row is a token
-            scale = scale.repeat_interleave(branch.shape[1:-1].numel(), dim=0)
+            if scale.shape != branch.shape[:1]:
+                wanted = tuple(branch.shape[:1])
+                raise ValueError(f"scale: wanted shape {wanted}, got {tuple(scale.shape)}")
+            scale = scale.view(-1, *[1] * (branch.dim() - 2)).expand(branch.shape[:-1]).flatten()
         return self._add(branch.flatten(0, -2), x.flatten(0, -2), scale, act).view(branch.shape)
 
     def _add(self, branch: Tensor, x: Tensor, scale: Tensor | None, act: str) -> Tensor:
@@ -94,7 +99,7 @@ class ResidualScale(nn.Module):
         weight = self.weight.to(branch.dtype)
         if self.dim == -1:
             return branch * weight
-        if isinstance(branch, torch.fx.Proxy):  # whose number of dimensions is not known
+        if isinstance(branch, torch.fx.Proxy):
             return (branch.movedim(1, -1) * weight).movedim(-1, 1)
         return branch * weight.view(-1, *[1] * (branch.dim() - 2))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, observers
 from .. import functional as F
-from .products import linear
+from .products import project
 from .recognise import hooked, symbolic
 
 
@@ -221,11 +221,4 @@ def _attend(layer, x: Tensor, mask, padding, is_causal: bool) -> Tensor:
 
 
 def _feed_forward(layer, x: Tensor) -> Tensor:
-    return _project(layer.linear2, layer.dropout(layer.activation(_project(layer.linear1, x))))
-
-
-def _project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by float32 where a CPU has no product in x's dtype, or autocast's."""
-    if x.device.type != "cpu" or type(layer) is not nn.Linear or hooked(layer) is not None:
-        return layer(x)
-    return linear(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
+    return project(layer.linear2, layer.dropout(layer.activation(project(layer.linear1, x))))

@@ -116,7 +116,9 @@ def backward(dy, inputs, bn, geometry, needed, h=None):
     elif h is None:
         h = prologue(x, bn_weight, bn_bias, *bn)
     which = [by_x, needed[3], needed[4]]
-    dh, dweight, dbias = convolution_backward(dy, h, weight, bias is not None, geometry, which)
+    dh, dweight, dbias = None, None, None
+    if any(which):
+        dh, dweight, dbias = convolution_backward(dy, h, weight, bias is not None, geometry, which)
     if not through_bn:
         return dh, None, None, dweight, dbias
     if by_x:

@@ -32,10 +32,11 @@ def onednn_has(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.enabled and _onednn_has(dtype)
 
 
-def upcasts(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` takes the detour through float32."""
-    reduced = x.dtype in (torch.bfloat16, torch.float16)
-    return x.device.type == "cpu" and reduced and not onednn_has(x.dtype)
+def upcasts(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a convolution of ``x``, or of x in ``dtype``, takes the detour through float32."""
+    dtype = dtype or x.dtype
+    reduced = dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and reduced and not onednn_has(dtype)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -12,7 +12,8 @@ import torch.fx
 from torch import Tensor
 
 from .. import observers, reference
-from .define import vjp
+from .convolution import upcasts
+from .define import PLAIN, vjp
 
 
 def dense_mlp(x: Tensor, *parameters: Tensor | None, act: str) -> Tensor:
@@ -57,6 +58,8 @@ def _plain(act: str, x: Tensor, *parameters: Tensor | None) -> Tensor:
 
 
 def _forward(act: str, x: Tensor, parameters) -> Tensor:
+    if _upcasts(x, parameters):
+        return _forward(act, x.float(), _floats(parameters)).to(x.dtype)
     weights, biases = parameters[::2], parameters[1::2]
     width = x.shape[1]
     buffer = x.new_empty(x.shape[0], width + sum(w.shape[0] for w in weights))
@@ -67,6 +70,15 @@ def _forward(act: str, x: Tensor, parameters) -> Tensor:
         buffer[:, width:end] = reference.ACTIVATIONS[act](z)
         width = end
     return buffer
+
+
+def _upcasts(x: Tensor, parameters) -> bool:
+    """Whether products go by float32, as convolutions do: the CPU has none in x's dtype."""
+    return upcasts(x) and all(p is None or type(p) in PLAIN for p in (x, *parameters))
+
+
+def _floats(tensors) -> list[Tensor | None]:
+    return [None if t is None else t.float() for t in tensors]
 
 
 class _DenseMLP(torch.autograd.Function):
@@ -88,6 +100,9 @@ class _DenseMLP(torch.autograd.Function):
 
             inputs = buffer[:, : ctx.width], *parameters
             return None, *vjp(fn, inputs, needed, dy)
+        dtype = dy.dtype
+        if _upcasts(buffer, parameters):
+            dy, buffer, *parameters = _floats([dy, buffer, *parameters])
         grads: list[Tensor | None] = [None] * (1 + len(parameters))
         dbuffer, end = dy.clone(memory_format=torch.contiguous_format), buffer.shape[1]
         for i in reversed(range(0, len(parameters), 2)):
@@ -100,7 +115,7 @@ class _DenseMLP(torch.autograd.Function):
             grads[2 + i] = dz.sum(0) if needed[2 + i] else None
             end = start
         grads[0] = dbuffer[:, :end] if needed[0] else None
-        return None, *grads
+        return None, *(None if g is None else g.to(dtype) for g in grads)
 
 
 def _through_activation(act: str, x, y, weight, bias, dy) -> Tensor:

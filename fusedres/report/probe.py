@@ -99,7 +99,7 @@ class Probe:
         return self.x, *args[1:]
 
     def _begin(self, args: tuple):
-        if not args or not isinstance(args[0], Tensor):
+        if not args or not isinstance(args[0], Tensor) or self.x is None:
             return None
         if args[0] is self.x and self.entry is None:
             copy = self.entry = _watched(args[0])
@@ -141,12 +141,12 @@ class Probe:
             self.shortcut = out.detach().clone()
 
     def _leave(self, y) -> Tensor | None:
-        if not isinstance(y, Tensor):
+        if not isinstance(y, Tensor) or self.x is None:
             return None
-        self.y, x = y.detach().clone(), self.x.detach()
+        self.y, x, self.longer = y.detach().clone(), self.x.detach(), None
         if y.dim() == x.dim() > 1 and y.shape[1] > x.shape[1] and y.requires_grad:
-            kept = self.y.narrow(1, 0, x.shape[1])
-            if torch.equal(kept, x):
+            kept, new = self.y[:, : x.shape[1]], self.y[:, x.shape[1] :]
+            if torch.equal(kept, x) and new.any():  # else zeros fill up a shortcut
                 self.longer = _watched(y)
                 return self.longer.clone()
         return None
@@ -154,9 +154,10 @@ class Probe:
     def block(self, name: str) -> Block:
         x = self.x.detach()
         if self.longer is not None:
-            f, df = (t[:, x.shape[1] :] for t in (self.y, self.longer.grad))
-            grown = norm(f), norm(self.x.grad), norm(df)
-            return Block(name, "concatenation", norm(x), *grown, None, None)
+            new, grad = slice(x.shape[1], None), self.longer.grad
+            df = None if grad is None else norm(grad[:, new])
+            norms = norm(x), norm(self.y[:, new]), norm(self.x.grad), df
+            return Block(name, "concatenation", *norms, None, None)
         identity = self.shortcut is None or torch.equal(self.shortcut, x)
         shortcut = x if identity else self.shortcut
         self.parts, kind = self._branch(shortcut, identity)

@@ -164,9 +164,10 @@ def _ordinary(t):
 
 
 def _is_block(name: str, module: nn.Module) -> bool:
-    # Not a container of blocks: those have no forward of their own, as a dense block has.
-    runs = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
-    return runs and bool(_BLOCK.search(type(module).__name__))
+    if not _BLOCK.search(type(module).__name__):
+        return False
+    # A container of blocks has no forward of its own, as a dense block has.
+    return type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
 
 
 def _blocks_of(model: nn.Module, is_block) -> Iterator[tuple[str, nn.Module]]:
