@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusedres.ops.conv_tail import RECOMPUTE_MAX_CHANNELS
+import torch
+
+from fusedres.ops.conv_tail import recompute_max_channels
 
 from .costs import Costs, Kernel
 from .networks import Block, Conv, Network
@@ -128,7 +130,7 @@ def _steps_training(c: Costs, net: Network) -> Kernels:
     found = [c.conv(net.stem), c.wgrad(net.stem)]
     found += [*_applied(c, net.stem, "relu"), *[c.max_pool(net, INDEX_BYTES)] * 2]
     for block in net.blocks:
-        again = _is_repeated(block.convs[-1])
+        again = _is_repeated(block.convs[-1], c.dtype)
         for conv in block.all_convs():
             found += [c.conv(conv), c.dgrad(conv), c.wgrad(conv)]
             # Whoever reads a raw result takes its statistics, but for two norms that meet in a sum.
@@ -147,11 +149,11 @@ def _steps_training(c: Costs, net: Network) -> Kernels:
     return [*found, *_ends(c, net)]
 
 
-def _is_repeated(conv: Conv) -> bool:
+def _is_repeated(conv: Conv, dtype: torch.dtype) -> bool:
     """Whether the backward repeats this convolution rather than keep its result."""
     pointwise = conv.kernel == 1 and conv.stride == 1 and conv.groups == 1
     expands = conv.y[0] >= 2 * conv.x[0]
-    return pointwise and expands and conv.x[0] <= RECOMPUTE_MAX_CHANNELS
+    return pointwise and expands and conv.x[0] <= recompute_max_channels(dtype)
 
 
 def _applied(c: Costs, conv: Conv, act: str) -> Kernels:

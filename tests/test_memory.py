@@ -84,6 +84,16 @@ def test_a_block_under_autocast(dtype):
     assert maps == sorted([2 * 16 * MAP] * 3 + [16 * MAP // 8])
 
 
+@pytest.mark.parametrize("dtype,kept", [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_a_wide_last_convolution_is_repeated_only_in_16_bits(dtype, kept):
+    """Of the two widest maps, the projection and conv3's raw results."""
+    fused, _ = block_pair("Bottleneck", planes=72, project=True)
+    x = randn((N, 16, H, H), dtype, layout="NHWC").requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        large, _ = saved(fused, x)
+    assert large.count(dtype.itemsize * 4 * 72 * MAP) == kept
+
+
 @pytest.mark.parametrize("name,plain,share", [
     ("resnet50", torchvision.models.resnet50, 0.75),  # a quarter less
     ("se_resnet50", lambda: torchvision.models.ResNet(PlainSEBottleneck, [3, 4, 6, 3]), 0.65),

@@ -1,10 +1,10 @@
 """A block's last convolution and its tail as one autograd node that keeps no convolution result.
 
 The last 1x1 convolution of a bottleneck writes the largest tensor of the block from its smallest
-one. Keeping that tensor for batch norm's backward costs 2 bytes an element; repeating the
-convolution costs 2*C_in flops an element. Up to ``RECOMPUTE_MAX_CHANNELS`` input channels the
-repeat is cheap (3% of a ResNet-50 step's arithmetic for stages 1 and 2 together) and frees the
-largest tensors of the network: 18% of what a fused ResNet-50 would keep otherwise.
+one. Keeping that tensor for batch norm's backward costs 2 or 4 bytes an element; repeating the
+convolution costs 2*C_in flops an element, which are dearer in 32 bits than in 16. Up to so many
+input channels the repeat is cheap (3% of a ResNet-50 step's arithmetic for stages 1 and 2 together,
+1% for stage 1) and frees the largest tensors of the network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from . import bn_act, bn_se_act, conv_stats, residual_add
 from .convolution import Geometry, convolution
 from .define import transformed, vjp
 
-RECOMPUTE_MAX_CHANNELS = 128
+
+def recompute_max_channels(dtype: torch.dtype) -> int:
+    """Up to how many input channels the last 1x1 convolution is repeated in the backward."""
+    return 128 if dtype.itemsize <= 2 else 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def worth_recomputing(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         return False
     pointwise = weight.shape[2:].numel() == 1 and geometry[0] == [1, 1] and geometry[3] == 1
     expands = weight.shape[0] >= 2 * weight.shape[1]
-    return pointwise and expands and weight.shape[1] <= RECOMPUTE_MAX_CHANNELS
+    return pointwise and expands and weight.shape[1] <= recompute_max_channels(x.dtype)
 
 
 def tail_op(
