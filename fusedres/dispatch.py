@@ -74,6 +74,9 @@ class Choice:
     reason: str | None = None
 
 
+NATIVE = Choice("native")
+
+
 class _State(threading.local):
     def __init__(self):
         self.forced: list[str] = []  # by the contexts that this thread is in, the innermost last
@@ -87,6 +90,8 @@ _warned: set[str] = set()
 
 def forced_backend() -> str | None:
     """The backend that ``fusedres.backend`` asked for in this thread, or None for auto."""
+    if not (_defaults or _state.forced):
+        return None
     name = _state.forced[-1] if _state.forced else _default()
     return None if name == "auto" else name
 
@@ -96,6 +101,12 @@ def _default() -> str:
     return newest[0].name if newest else "auto"
 
 
+def by_the_cpu_library(x: Tensor) -> bool:
+    """Whether any op on ``x`` is the CPU library's: the short answer to nearly every ``choose``."""
+    known = x.is_cpu and x.dtype in DTYPES and forced_backend() is None
+    return known and native.load_error() is None
+
+
 def choose(op: str, x: Tensor) -> Choice:
     """The backend that runs ``op`` on ``x``.
 
@@ -103,6 +114,8 @@ def choose(op: str, x: Tensor) -> Choice:
         TypeError: no backend has this dtype.
         RuntimeError: a backend was asked for by name and cannot run this.
     """
+    if by_the_cpu_library(x):
+        return NATIVE
     if x.dtype not in DTYPES:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"x: wanted a dtype among {wanted}, got {x.dtype}")
@@ -166,6 +179,8 @@ def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x`` (devices like meta have none)."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

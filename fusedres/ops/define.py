@@ -50,12 +50,16 @@ class Op:
     spec: Spec
 
     def __call__(self, *args):
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch.compiler.is_compiling() or any(type(t) not in PLAIN for t in tensors):
+        graded, plain = False, not torch.compiler.is_compiling()
+        for a in args:
+            if isinstance(a, Tensor):
+                graded = graded or a.requires_grad
+                plain = plain and type(a) in PLAIN
+        if not plain:
             return self.dispatched(*args)
-        if self.meaning is not None and (transformed() or torch.jit.is_tracing()):
+        if self.meaning is not None and (transformed() or torch._C._is_tracing()):
             return self.meaning(*args)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        if not (graded and torch.is_grad_enabled()):
             return self.run(*args)
         if self.function is None:  # statistics: the op that uses them differentiates through them
             with torch.no_grad():
@@ -93,7 +97,7 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Op:
-    """Define one op. Its first tensor argument decides on the backend.
+    """Define one op. Its first argument is a tensor, which decides on the backend.
 
     Args:
         schema: The op's schema without namespace.
@@ -116,9 +120,12 @@ def define(
     rival = native if composed is None else None  # a composed op has its plan
 
     spec = Spec(name, traffic, composed, fused_traffic, reference, own, native)
+    on_cpu = composed or partial(execution.on_cpu, native, name)
 
     def run(*args):
-        x = next(a for a in args if isinstance(a, Tensor))
+        x = args[0]
+        if dispatch.by_the_cpu_library(x) and not (observers.observed() or dispatch.autocasts(x)):
+            return on_cpu(*args)
         choice = dispatch.choose_for(name, x, rival, args)
         on_triton = choice.backend == "triton" and triton_kernels.has(name)
         natively = not on_triton and execution.goes_by_plan(spec, choice, x)
@@ -136,7 +143,7 @@ def define(
             kernel = composed
         elif choice.backend == "native":
             if not on_cuda:
-                return execution.on_cpu(native, name, x, *args)
+                return on_cpu(*args)
             kernel = partial(execution.launched, told, traffic, native, run, name, x)
         elif reference is None:
             raise RuntimeError(f"{name}: the reference's backward is autograd's own")

@@ -60,12 +60,12 @@ class Spec:
         return (partial(self.native, *args) if reason is None else None), reason
 
 
-def on_cpu(native: Callable, name: str, x: Tensor, *args):
+def on_cpu(native: Callable, name: str, *args):
     """The library's CPU kernels."""
     try:
         return native(*args)
     except RuntimeError as error:
-        raise library.explained(name, x, error) from None
+        raise library.explained(name, args[0], error) from None
 
 
 def launched(
