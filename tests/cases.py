@@ -119,6 +119,7 @@ CONVS = {
     "3x3": Conv((2, 8, 9, 7), (12, 8, 3, 3), layout="NCHW"),
     "3x3_nhwc_stride": Conv((2, 16, 8, 8), (24, 16, 3, 3), stride=(2, 2)),
     "1x1": Conv((2, 5, 6, 6), (17, 5, 1, 1), padding=(0, 0), layout="NCHW", bias=True),
+    "1x1_nhwc": Conv((2, 24, 9, 7), (20, 24, 1, 1), padding=(0, 0), bias=True),
     "1x1_nhwc_stride": Conv((2, 17, 7, 7), (3, 17, 1, 1), stride=(2, 2), padding=(0, 0)),
     "stem_nhwc": Conv((1, 3, 32, 32), (64, 3, 7, 7), stride=(2, 2), padding=(3, 3)),
     "grouped_nhwc": Conv((2, 32, 6, 6), (32, 4, 3, 3), groups=8),

@@ -41,6 +41,7 @@ OPTIONS = {
     "3x3": dict(bn="batch"),
     "3x3_nhwc_stride": dict(bn="batch"),
     "1x1": dict(bn="running"),
+    "1x1_nhwc": dict(bn="batch"),  # whose weight gradient is a product
     "1x1_nhwc_stride": dict(bn=None),
     "stem_nhwc": dict(bn=None),
     "grouped_nhwc": dict(bn="batch"),
