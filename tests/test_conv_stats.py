@@ -24,6 +24,7 @@ from cases import (
     values_per_channel,
 )  # fmt: skip
 from fusedres import observers, reference
+from fusedres.ops import convolution
 from fusedres.ops.conv_stats import bytes_moved
 from harness import (
     Unchanged,
@@ -193,7 +194,7 @@ def test_compile(compiler):
     check(compiled, plain(conv), tensors_of(conv, torch.float32), sums=dict(weight=32, bn_bias=128))
 
 
-@pytest.mark.parametrize("case", ["3x3", "stage4_nhwc"])
+@pytest.mark.parametrize("case", ["3x3", "1x1_nhwc", "stage4_nhwc"])
 def test_same_bits_from_run_to_run(case):
     tensors = tensors_of(CONVS[case], torch.float32)
     first = gradients(fused(CONVS[case]), tensors)
@@ -213,15 +214,33 @@ def test_non_finite_values_propagate(value, backend):
         assert_same_non_finite(out, gradients(plain(conv, bn), tensors, constants=CONSTANTS))
 
 
-def test_the_format_of_the_result():
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels,size", [(4, 5), (1, 5), (4, 1)])
+def test_the_format_of_the_result(channels, size, kernel):
     for x_layout in ("NCHW", "NHWC"):
         for weight_layout in ("NCHW", "NHWC"):
-            x = arrange(torch.randn(2, 4, 5, 5), x_layout)
-            weight = arrange(torch.randn(3, 4, 3, 3), weight_layout)
+            x = arrange(torch.randn(2, channels, size, size), x_layout)
+            weight = arrange(torch.randn(3, channels, kernel, kernel), weight_layout)
             no_bn = None, None, None, None, False, 0.0, "identity"
-            geometry = [1, 1], [1, 1], [1, 1], 1
+            geometry = [1, 1], [kernel // 2] * 2, [1, 1], 1
             y = torch.ops.fusedres.conv_stats(x, *no_bn, weight, None, *geometry, False)[0]
-            assert y.stride() == torch.conv2d(x, weight, padding=1).stride()
+            assert y.stride() == torch.conv2d(x, weight, padding=kernel // 2).stride()
+
+
+@pytest.mark.parametrize("few", [0, convolution.FEW_PIXELS])
+def test_what_is_a_product_and_what_a_convolution(few, monkeypatch):
+    """Of many pixels the weight gradient alone is a product, and that only with AVX2."""
+    monkeypatch.setattr(convolution, "FEW_PIXELS", few)
+    for faster in (True, False):
+        monkeypatch.setattr(convolution, "_products_are_faster", lambda faster=faster: faster)
+        with torch.profiler.profile() as profiler:
+            check_against_reference(
+                tensors_of(CONVS["1x1_nhwc"], torch.float32, bn=None),
+                CONVS["1x1_nhwc"],
+                dict(bn=None),
+            )
+        names = [e.name for e in profiler.events()]
+        assert names.count("aten::mm") + names.count("aten::addmm") == faster * (3 if few else 1)
 
 
 def test_bytes_moved():
