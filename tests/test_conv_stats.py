@@ -24,7 +24,7 @@ from cases import (
     values_per_channel,
 )  # fmt: skip
 from fusedres import observers, reference
-from fusedres.ops import convolution
+from fusedres.ops import gemm
 from fusedres.ops.conv_stats import bytes_moved
 from harness import (
     Unchanged,
@@ -49,6 +49,7 @@ OPTIONS = {
     "depthwise": dict(bn="running", act="relu6"),
     "dilated_nhwc": dict(bn="batch", act="silu"),
     "row_kernel": dict(bn="batch", act="identity"),
+    "wide_nhwc": dict(bn="batch"),  # another that is gathered for a product
     "1x1_images": dict(bn="batch", act="gelu"),
     "one_channel": dict(bn=None),
     "nhwc_weight": dict(bn="running", act="hardswish"),
@@ -194,7 +195,7 @@ def test_compile(compiler):
     check(compiled, plain(conv), tensors_of(conv, torch.float32), sums=dict(weight=32, bn_bias=128))
 
 
-@pytest.mark.parametrize("case", ["3x3", "1x1_nhwc", "stage4_nhwc"])
+@pytest.mark.parametrize("case", ["3x3", "1x1_nhwc", "wide_nhwc", "stage4_nhwc"])
 def test_same_bits_from_run_to_run(case):
     tensors = tensors_of(CONVS[case], torch.float32)
     first = gradients(fused(CONVS[case]), tensors)
@@ -227,20 +228,25 @@ def test_the_format_of_the_result(channels, size, kernel):
             assert y.stride() == torch.conv2d(x, weight, padding=kernel // 2).stride()
 
 
-@pytest.mark.parametrize("few", [0, convolution.FEW_PIXELS])
-def test_what_is_a_product_and_what_a_convolution(few, monkeypatch):
-    """Of many pixels the weight gradient alone is a product, and that only with AVX2."""
-    monkeypatch.setattr(convolution, "FEW_PIXELS", few)
+@pytest.mark.parametrize("case,limits,products", [
+    ("1x1_nhwc", {}, 3),
+    ("1x1_nhwc", dict(FEW_PIXELS=0), 1),  # the weight gradient alone
+    ("wide_nhwc", {}, 1),
+    ("wide_nhwc", dict(PATCHES_BYTES=1), 3),  # image by image
+    ("wide_nhwc", dict(MAX_PATCHES_BYTES=1), 0),
+    ("grouped_nhwc", {}, 0),
+])  # fmt: skip
+def test_what_is_a_product_where_products_are_faster(case, limits, products, monkeypatch):
+    for name, limit in limits.items():
+        monkeypatch.setattr(gemm, name, limit)
     for faster in (True, False):
-        monkeypatch.setattr(convolution, "_products_are_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(gemm, "_faster", lambda faster=faster: faster)
+        tensors = tensors_of(CONVS[case], torch.float32, bn=None)
         with torch.profiler.profile() as profiler:
-            check_against_reference(
-                tensors_of(CONVS["1x1_nhwc"], torch.float32, bn=None),
-                CONVS["1x1_nhwc"],
-                dict(bn=None),
-            )
+            check_against_reference(tensors, CONVS[case], dict(bn=None))
         names = [e.name for e in profiler.events()]
-        assert names.count("aten::mm") + names.count("aten::addmm") == faster * (3 if few else 1)
+        found = sum(name in ("aten::mm", "aten::addmm", "aten::addmm_") for name in names)
+        assert found == faster * products
 
 
 def test_bytes_moved():

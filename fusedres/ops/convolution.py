@@ -1,5 +1,7 @@
 """Dense convolution as PyTorch has it, plus the detour that reduced precision needs on old CPUs.
 
+What a product of matrices does faster is left to ``gemm``.
+
 oneDNN convolves bfloat16 and float16 only on CPUs with the matching instructions (AVX-512 or
 AVX-NE-CONVERT). Elsewhere aten falls back to a scalar-typed GEMM that is ten to twenty times
 slower than float32. There a float32 convolution of the upcast operands, rounded once at the end,
@@ -13,11 +15,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from . import gemm
 
 Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
-
-FEW_PIXELS = 1024  # of all images together
 
 
 @cache
@@ -52,8 +53,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if _has_few_pixels(x) and _is_product(weight, geometry, x):
-        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    y = gemm.forward(x, weight, bias, geometry)
+    if y is not None:
+        return y
     stride, padding, dilation, groups = geometry
     args = stride, padding, dilation, False, [0] * len(stride), groups
     return torch.convolution(x, weight, bias, *args)
@@ -79,54 +81,15 @@ def convolution_backward(
 
 
 def _backward(dy, x, weight, has_bias: bool, geometry: Geometry, needed) -> Gradients:
-    dx = dweight = dbias = None
-    if _is_product(weight, geometry, x, dy):
-        if needed[1]:
-            dweight = torch.mm(_pixels(dy).t(), _pixels(x)).view_as(weight)
-        if needed[0] and _has_few_pixels(x):
-            dx = linear(dy.permute(0, 2, 3, 1), weight.flatten(1).t()).permute(0, 3, 1, 2)
-        needed = needed[0] and dx is None, False, needed[2]
-    if any(needed):
-        stride, padding, dilation, groups = geometry
-        sizes = [weight.shape[0]] if has_bias else None
-        args = sizes, stride, padding, dilation, False, [0] * len(stride), groups, needed
-        rest = torch.ops.aten.convolution_backward(dy, x, weight, *args)
-        dx, dweight, dbias = (
-            a if b is None else b for a, b in zip(rest, (dx, dweight, dbias), strict=True)
-        )
-    return dx, dweight, dbias
-
-
-@cache
-def _products_are_faster() -> bool:
-    """Whether 1x1 convolutions are MKL's rather than oneDNN's, where they are products.
-
-    Measured with AVX2 alone, on one CPU: the weight gradient takes 0.6 to 1.0 times as long, of few
-    pixels the others 0.8 to 1.0 times; of many pixels they would take up to 1.2 times as long.
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
-
-
-def _has_few_pixels(x: Tensor) -> bool:
-    return x.numel() <= FEW_PIXELS * x.shape[1]
-
-
-def _is_product(weight: Tensor, geometry: Geometry, x: Tensor, *others: Tensor) -> bool:
-    """Whether a convolution is one product of matrices that lie in memory as they are."""
-    if weight.shape[2:] != (1, 1) or geometry != ([1, 1], [0, 0], [1, 1], 1):
-        return False
-    if type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32 or x.is_contiguous():
-        return False  # (where both layouts are one, the result has that of the weight)
-    if not _products_are_faster() or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch._C._are_functorch_transforms_active():  # vmap knows no memory formats
-        return False
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *others))
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """A channels_last tensor as a matrix of its pixels."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+    found = *gemm.backward(dy, x, weight, geometry, needed), None
+    needed = [need and grad is None for need, grad in zip(needed, found, strict=True)]
+    if not any(needed):
+        return found
+    stride, padding, dilation, groups = geometry
+    sizes = [weight.shape[0]] if has_bias else None
+    args = sizes, stride, padding, dilation, False, [0] * len(stride), groups, needed
+    rest = torch.ops.aten.convolution_backward(dy, x, weight, *args)
+    return tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
 
 
 def conv_flops(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
