@@ -31,8 +31,10 @@ def _faster() -> bool:
 
 def _plain(x: Tensor, *others: Tensor) -> bool:
     """Whether these are matrices of pixels as they lie in memory."""
+    # The type first: a fake tensor's sizes are symbols that nobody should ask. Where both layouts
+    # are one, a result has that of the weight.
     if type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32 or x.is_contiguous():
-        return False  # (where both layouts are one, a result has that of the weight)
+        return False
     if not _faster() or torch.is_autocast_enabled("cpu"):
         return False
     if torch._C._are_functorch_transforms_active():  # vmap knows no memory formats
@@ -50,7 +52,7 @@ def _has_few_pixels(x: Tensor) -> bool:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry) -> Tensor | None:
     """The convolution, or None where it is oneDNN's."""
-    if not (_pointwise(weight, geometry) and _has_few_pixels(x) and _plain(x)):
+    if not (_plain(x) and _pointwise(weight, geometry) and _has_few_pixels(x)):
         return None
     return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
@@ -59,8 +61,10 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry, needed
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight that are needed, each None where it is oneDNN's."""
+    if not _plain(x, dy):
+        return None, None
     pointwise, dx, dweight = _pointwise(weight, geometry), None, None
-    if not (pointwise or _gathers(dy, x, weight, geometry)) or not _plain(x, dy):
+    if not (pointwise or _gathers(dy, x, weight, geometry)):
         return None, None
     if needed[1] and pointwise:
         dweight = torch.mm(_pixels(dy).t(), _pixels(x)).view_as(weight)
