@@ -80,6 +80,7 @@ NATIVE = Choice("native")
 class _State(threading.local):
     def __init__(self):
         self.forced: list[str] = []  # by the contexts that this thread is in, the innermost last
+        self.threading: list[torch.autograd.set_multithreading_enabled] = []  # theirs
         self.step_by_step = False
 
 
@@ -247,8 +248,8 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
     """Run every op on one backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     As a function it sets the default of the process; as a context manager it holds for the
-    current thread until the end of the block, and then restores what was before. On a GPU autograd
-    runs the backward in threads of its own, where the default of the process holds.
+    current thread until the end of the block, and then restores what was before. A backward that is
+    started inside the block runs in this thread too, on a GPU as well.
 
     Raises:
         ValueError: the name is not one of the four.
@@ -277,10 +278,12 @@ class backend(contextlib.ContextDecorator):  # noqa: N801  (used as a function: 
     def __enter__(self) -> backend:
         self._withdraw()
         _state.forced.append(self.name)
+        _state.threading.append(torch.autograd.set_multithreading_enabled(False))
         return self
 
     def __exit__(self, *exc) -> None:
         _state.forced.pop()
+        _state.threading.pop().__exit__(None, None, None)
 
 
 def backends() -> dict[str, str | None]:

@@ -57,10 +57,11 @@ def unobserved() -> Iterator[None]:
 
 @contextlib.contextmanager
 def observe(observer: Callable[[Event], None]) -> Iterator[None]:
-    """Call ``observer`` with every Event of this thread inside the context."""
+    """Call ``observer`` with every Event of this thread inside the context, backwards included."""
     before = _state.observers
     _state.observers = (*before, observer)
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward in this thread
+            yield
     finally:
         _state.observers = before

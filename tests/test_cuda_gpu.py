@@ -30,6 +30,7 @@ from cuda_gate import library
 from cuda_host import SIMULATOR
 from cuda_ops import SM90_TILES, TILES
 from fusedres import native, observers, reference, toolchain, triton_kernels
+from fusedres.functional import batch_norm_act
 from harness import Tensors, assert_same_bits, double, gradients
 from test_cuda_simulator import RIGHT
 from triton_cases import to
@@ -204,6 +205,17 @@ def test_measured_against_triton(name, tmp_path, monkeypatch):
         check(name, "odd_nhwc", torch.bfloat16)
     assert "native" in events[0].reason and "triton" in events[0].reason
     assert events[0].reason.startswith(f"measured: {events[0].backend} ")
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_backward_is_its_contexts(name):
+    x = torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True)
+    events = []
+    with fusedres.backend("native"):
+        y = batch_norm_act(x, None, None, training=True)
+    with fusedres.backend(name), observers.observe(events.append):
+        y.sum().backward()
+    assert [e.op for e in events] == ["bn_act_backward"] * (name == "native")
 
 
 # --- the primitives, as the simulator's own kernels use them

@@ -143,6 +143,17 @@ def test_the_backward_takes_the_backend_of_its_context():
         assert [e.op for e in events] == ["bn_act_backward"] * (name == "native")
 
 
+def test_inside_a_context_a_backward_runs_in_its_thread():
+    """On a GPU too, whose backward would be another thread's, with the choices of the process."""
+    multithreaded = torch._C._is_multithreading_enabled
+    for context in (lambda: fusedres.backend("native"), lambda: observers.observe(print)):
+        with context(), context():
+            assert not multithreaded()
+        with pytest.raises(KeyError), context():
+            raise KeyError
+        assert multithreaded()
+
+
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match="name: wanted one of 'auto', 'native'.*got 'cuda'"):
         fusedres.backend("cuda")
