@@ -71,7 +71,10 @@ def test_on_the_reference_the_backward_is_pytorchs():
 
 
 def test_a_result_without_gradient():
-    with torch.no_grad(), pytest.raises(ValueError, match="backward: wanted a result that requires"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="backward: wanted a result that requires"),
+    ):
         explain(WithStem(), images(), backward=True)
 
 
