@@ -104,7 +104,7 @@ def _default() -> str:
 
 def by_the_cpu_library(x: Tensor) -> bool:
     """Whether any op on ``x`` is the CPU library's: the short answer to nearly every ``choose``."""
-    known = x.is_cpu and x.dtype in DTYPES and forced_backend() is None
+    known = x.device.type == "cpu" and x.dtype in DTYPES and forced_backend() is None
     return known and native.load_error() is None
 
 
@@ -180,7 +180,7 @@ def hand_over(op: str, x: Tensor, error: RuntimeError) -> None:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x`` (devices like meta have none)."""
-    if x.is_cpu:
+    if x.device.type == "cpu":
         return torch.is_autocast_enabled("cpu")
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -20,6 +20,7 @@ from cuda_glue import ops
 from fusedres import dispatch, native, observers, triton_kernels
 from fusedres.ops import conv_bn_act, conv_stats, execution
 from harness import assert_same_bits, assert_same_format, double
+from triton_cases import no_cpu_shortcuts  # noqa: F401
 
 POINTWISE = Conv((2, 16, 4, 4), (24, 16, 1, 1), padding=(0, 0))
 THREE = Conv((2, 16, 4, 4), (24, 16, 3, 3))
@@ -189,7 +190,7 @@ def test_the_composition_takes_over_from_a_refused_launch(glue, monkeypatch):
 
 
 @pytest.fixture
-def on_gpu(glue, tmp_path, monkeypatch):
+def on_gpu(glue, tmp_path, monkeypatch, no_cpu_shortcuts):  # noqa: F811
     """The CPU counts as a GPU whose timer says what the test wants, rival by rival."""
     pytest.importorskip("triton")
     kernels = triton_kernels.package()

@@ -22,7 +22,7 @@ from fusedres import dispatch, native, observers, triton_kernels
 from fusedres.ops import execution
 from harness import Unchanged, gradient_like
 from test_cuda_dispatch import OPAQUE, REFUSED, on
-from triton_cases import new_process, unmeasured  # noqa: F401
+from triton_cases import new_process, no_cpu_shortcuts, unmeasured  # noqa: F401
 
 pytest.importorskip("triton")
 kernels = triton_kernels.package()
@@ -31,7 +31,7 @@ interpreted = pytest.mark.skipif(
     not kernels.module("launch").INTERPRETED, reason="the kernels are compiled here"
 )
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("unmeasured", "no_cpu_shortcuts")
 
 GPU = "NVIDIA Test 1000"
 OPS = {"bn_act": bn, "squeeze_excite": se, "bn_se_act": bn_se, "residual_mix": mix}
@@ -106,7 +106,7 @@ def test_what_the_forward_keeps_is_the_same_from_both(name, case, forward, backw
         return dispatch.Choice(ran[-1])
 
     monkeypatch.setattr(dispatch, "choose_for", choose_for)
-    monkeypatch.setattr(execution, "on_cpu", lambda _, op, x, *args: getattr(ops(), op)(*args))
+    monkeypatch.setattr(execution, "on_cpu", lambda _, op, *args: getattr(ops(), op)(*args))
     known = {k: v for k, v in options.items() if module is not bn or k != "act"}
     tensors = module.tensors_of(*SHAPES[case], torch.float32, **known)
     module.check_against_reference(tensors, options["act"] if module is bn else options)

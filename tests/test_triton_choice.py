@@ -13,7 +13,7 @@ import test_conv_stats as training
 from cases import Conv
 from fusedres import dispatch, observers, triton_kernels
 from harness import Unchanged
-from triton_cases import triton_on
+from triton_cases import no_cpu_shortcuts, triton_on  # noqa: F401
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
@@ -30,7 +30,7 @@ NOT_MEASURED = "not measured (FUSEDRES_TUNE=1): cuDNN is the default above 1x1"
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
+def fresh(tmp_path, monkeypatch, no_cpu_shortcuts):  # noqa: F811
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FUSEDRES_TUNE", raising=False)
     monkeypatch.setattr(tuning, "_caches", {})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import dispatch, native, triton_kernels
+from fusedres.ops import gemm
 from harness import Tensors
 
 # Cases of cases.SHAPES that the interpreter gets through in a second.
@@ -75,6 +76,13 @@ def new_process() -> None:
     for known in (tuning._caches, rivals._known):
         known.clear()
     triton_kernels.decides.cache_clear()
+
+
+@pytest.fixture
+def no_cpu_shortcuts(monkeypatch: pytest.MonkeyPatch):
+    """A CPU's tensors stand for a GPU's: nothing is taken for being on a CPU."""
+    monkeypatch.setattr(dispatch, "by_the_cpu_library", lambda x: False)
+    monkeypatch.setattr(gemm, "_faster", lambda: False)
 
 
 @pytest.fixture

@@ -120,7 +120,11 @@ def define(
     rival = native if composed is None else None  # a composed op has its plan
 
     spec = Spec(name, traffic, composed, fused_traffic, reference, own, native)
-    on_cpu = composed or partial(execution.on_cpu, native, name)
+
+    def by_the_library(*args):
+        return execution.on_cpu(native, name, *args)
+
+    on_cpu = composed or by_the_library
 
     def run(*args):
         x = args[0]
