@@ -126,7 +126,7 @@ CONVS = {
     "depthwise": Conv((2, 9, 6, 6), (9, 1, 3, 3), groups=9, layout="NCHW"),
     "dilated_nhwc": Conv((1, 6, 11, 9), (7, 6, 3, 3), padding=(2, 2), dilation=(2, 2)),
     "row_kernel": Conv((2, 4, 5, 12), (6, 4, 1, 3), stride=(1, 2), padding=(0, 1), bias=True),
-    "wide_nhwc": Conv((3, 64, 9, 8), (72, 64, 3, 2), (2, 1), (1, 0), dilation=(1, 2)),
+    "wide_nhwc": Conv((3, 64, 9, 8), (72, 64, 3, 2), (2, 1), (1, 0), dilation=(1, 2), bias=True),
     "1x1_images": Conv((5, 33, 1, 1), (20, 33, 1, 1), padding=(0, 0)),
     "one_channel": Conv((3, 1, 7, 7), (1, 1, 3, 3), padding=(0, 0), layout="NCHW"),
     "nhwc_weight": Conv((2, 6, 7, 5), (10, 6, 3, 3), layout="NCHW", weight_layout="NHWC"),

@@ -249,6 +249,16 @@ def test_what_is_a_product_where_products_are_faster(case, limits, products, mon
         assert found == faster * products
 
 
+@pytest.mark.parametrize("case", ["1x1_nhwc", "wide_nhwc"])
+def test_a_bias_does_not_bring_the_other_weight_gradient_back(case, monkeypatch):
+    """oneDNN takes both or none."""
+    monkeypatch.setattr(gemm, "_faster", lambda: True)
+    t = tensors_of(CONVS[case], torch.float32, bn=None)
+    with torch.profiler.profile() as profiler:
+        gradients(fused(CONVS[case], bn=None), t, constants=(*CONSTANTS, "x"))
+    assert not any("convolution_backward" in e.name for e in profiler.events())
+
+
 def test_bytes_moved():
     x, weight = randn((2, 8, 4, 4)), randn((4, 8, 1, 1))  # 1024 and 128 bytes; y: 512
     no_bn = None, None, None, None, False, 0.0, "identity"

@@ -81,7 +81,7 @@ def convolution_backward(
 
 
 def _backward(dy, x, weight, has_bias: bool, geometry: Geometry, needed) -> Gradients:
-    found = *gemm.backward(dy, x, weight, geometry, needed), None
+    found = gemm.backward(dy, x, weight, geometry, needed)
     needed = [need and grad is None for need, grad in zip(needed, found, strict=True)]
     if not any(needed):
         return found

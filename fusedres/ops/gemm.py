@@ -59,20 +59,21 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry) -> Tensor 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry, needed
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and weight that are needed, each None where it is oneDNN's."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias that are needed, each None where it is oneDNN's."""
     if not _plain(x, dy):
-        return None, None
+        return None, None, None
     pointwise, dx, dweight = _pointwise(weight, geometry), None, None
     if not (pointwise or _gathers(dy, x, weight, geometry)):
-        return None, None
+        return None, None, None
     if needed[1] and pointwise:
         dweight = torch.mm(_pixels(dy).t(), _pixels(x)).view_as(weight)
     elif needed[1]:
         dweight = _gathered(dy, x, weight, geometry)
     if needed[0] and pointwise and _has_few_pixels(x):
         dx = linear(dy.permute(0, 2, 3, 1), weight.flatten(1).t()).permute(0, 3, 1, 2)
-    return dx, dweight
+    # oneDNN has the bias's only together with the weight's.
+    return dx, dweight, _pixels(dy).sum(0) if needed[2] else None
 
 
 def _pixels(x: Tensor) -> Tensor:
